@@ -1,0 +1,1 @@
+"""Tools that look into a running model. Imports ops only."""

@@ -1,0 +1,326 @@
+"""Trains the embedded model from nothing but a seed and the grammar in corpus.py. A development tool: it needs PyTorch,
+transformers, tokenizers and safetensors, and nothing imports it.
+
+    python llm/tiny/train.py --out llm/tiny              # retrain: replaces the model's files when it is done
+    python llm/tiny/train.py --out llm/tiny --evaluate   # measure the files that are there
+"""
+# pyright: reportMissingImports=false
+
+import argparse
+import itertools
+import json
+import math
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from corpus import Question, documents, held_out_questions  # this folder is the script's: llm is not imported
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SEED = 20
+TOKENIZER_DOCUMENTS = 10_000
+VOCAB = 1536  # at most: the grammar's words run out before
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+STEPS, WARMUP = 5000, 100
+ROWS, LENGTH = 16, 256
+LONG_FROM = 0.85  # from this part of the steps on, rows are twice as long and half as many: the whole context is used
+MUON_LR, ADAM_LR = 0.01, 4e-3
+QUESTIONS, QUESTION_SEED = 2000, 7
+
+
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE whose post-processor puts <s> first."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(itertools.islice(documents(SEED), TOKENIZER_DOCUMENTS), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+def batches(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
+    """[rows, length] ids. A row starts with a document's <s>, as a prompt does, and is filled with whole documents but
+    the last."""
+    corpus = documents(SEED)
+    eos = tokenizer.token_to_id("</s>")
+    for step in itertools.count():
+        rows, length = (ROWS, LENGTH) if step < LONG_FROM * STEPS else (ROWS // 2, 2 * LENGTH)
+        batch = []
+        for _ in range(rows):
+            row: list[int] = []
+            while len(row) <= length:
+                row += [*tokenizer.encode(next(corpus)).ids, eos]
+            batch.append(row[:length])
+        yield torch.tensor(batch)
+
+
+def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(SEED)
+    ids = {"bos_token_id": tokenizer.token_to_id("<s>"), "eos_token_id": tokenizer.token_to_id("</s>")}
+    return LlamaForCausalLM(LlamaConfig(**CONFIG, **ids, vocab_size=tokenizer.get_vocab_size(), dtype="float32"))
+
+
+def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks (it needs far fewer steps), AdamW for the embedding and the norms."""
+    blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(blocks, lr=MUON_LR, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int) -> float:
+    """The learning rate's share of its peak: warm-up, then a cosine down to 2 %."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+
+
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer) -> dict[str, float]:
+    """Trains in place; returns the mean loss of the last 100 steps, the tokens seen and the seconds taken."""
+    opts = optimizers(model)
+    peaks = [opt.param_groups[0]["lr"] for opt in opts]
+    start, losses, tokens = time.time(), [], 0
+    model.train()
+    for step, ids in zip(range(STEPS), batches(tokenizer), strict=False):
+        for opt, peak in zip(opts, peaks, strict=True):
+            opt.param_groups[0]["lr"] = peak * rate(step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        losses.append(loss.item())
+        tokens += ids.numel()
+        if step % 50 == 49:
+            mean = sum(losses[-50:]) / 50
+            print(f"step {step + 1:5d}  loss {mean:.4f}  tokens {tokens}  {time.time() - start:.0f} s", flush=True)
+        if step % 400 == 399:
+            model.eval()
+            print(share_right(answered(model, tokenizer, held_out_questions(200, step))), flush=True)
+            model.train()
+    model.eval()
+    return {"loss": sum(losses[-100:]) / len(losses[-100:]), "tokens": tokens, "seconds": time.time() - start}
+
+
+@torch.no_grad()
+def answered(model: LlamaForCausalLM, tokenizer: Tokenizer, questions: list[Question]) -> list[tuple[Question, bool]]:
+    """Each question, and whether the most probable continuation is its answer, in every token of it."""
+    results = []
+    for question in questions:
+        prompt = tokenizer.encode(question.prompt).ids
+        answer = tokenizer.encode(question.answer, add_special_tokens=False).ids
+        logits = model(input_ids=torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+        results.append((question, logits.argmax(-1).tolist() == answer))
+    return results
+
+
+def share_right(results: list[tuple[Question, bool]]) -> dict[str, str]:
+    """right/asked in all, by what is asked for, and after facts or within a story."""
+    right, asked = Counter[str](), Counter[str]()
+    for question, is_right in results:
+        for group in ("all", question.kind, question.context):
+            asked[group] += 1
+            right[group] += is_right
+    return {group: f"{right[group]}/{asked[group]} = {right[group] / asked[group]:.1%}" for group in asked}
+
+
+@torch.no_grad()
+def greedy(model: LlamaForCausalLM, tokenizer: Tokenizer, prompt: str, count: int = 300) -> str:
+    """The prompt and its most probable continuation, up to </s> (which is shown) or `count` tokens."""
+    ids = tokenizer.encode(prompt).ids
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.token_to_id("</s>"):
+            break
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def load(folder: Path) -> tuple[LlamaForCausalLM, Tokenizer]:
+    """The model in the folder, its bfloat16 weights widened to float32."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = new_model(tokenizer)
+    state = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise SystemExit(f"{folder}: weights missing {missing}, unexpected {unexpected}")
+    return model.eval(), tokenizer
+
+
+CARD = """\
+# The embedded model
+
+A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden}, {heads} heads over {kv_heads} key/value
+heads, tied embedding, context {context}), stored in bfloat16 ({size:,} bytes). It knows one small world of stories and
+of who has what, and exists so that the runtime has a real, trained model at hand without a download.
+
+- **Corpus**: generated by `corpus.py`, a seeded grammar; no text from anywhere else. Seed {seed}.
+- **Tokenizer**: byte-level BPE, {vocab} tokens, trained on the first {tokenizer_documents:,} documents. `<s>` is put
+  first; `</s>` ends a document.
+- **Training**: {steps:,} steps of {batch:,} tokens, {tokens:,} tokens in all, each document fresh; rows of {length}
+  tokens, in the last {long:.0%} of the steps of {long_length}. Muon and AdamW, cosine schedule, {minutes:.0f} minutes
+  on one CPU core (bfloat16 autocast).
+- **Final loss**: {loss:.3f} nats a token (mean of the last 100 training steps; most of it is the grammar's own dice).
+
+## Held-out score
+
+In the corpus things change hands: a giver, a receiver, a colour, an object. One in eight of the combinations
+{{giver, receiver}} x colour x object never occurs in it, in either direction.
+`corpus.held_out_questions({questions}, {question_seed})` builds contexts only from those, and asks for the owner, the
+giver, the colour or the object. The answer is right when every token of it is the most probable one. Measured with the
+bfloat16 weights as written here, in float32 arithmetic:
+
+| questions | right |
+|---|---|
+{score}
+
+For example, after "{prompt}" the model says "{answer}".
+
+## Greedy text from `<s>` alone
+
+> {sample}
+
+## Limits
+
+Its words are the grammar's: other words are spelt in bytes and mean nothing to it. It cannot chat. Contexts longer than
+one document are unrelated documents in a row, as in training.
+
+## Commands
+
+The tool needs torch, transformers, tokenizers and safetensors; the runtime does not.
+
+    python llm/tiny/train.py --out llm/tiny              # retrain
+    python llm/tiny/train.py --out llm/tiny --evaluate   # measure
+"""
+EXAMPLE = "Mia gave the red ball to Tom. The ball now belongs to"
+
+
+def card(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, trained: dict[str, float]) -> str:
+    """The model card, with what was measured on the files in the folder."""
+    score = share_right(answered(model, tokenizer, held_out_questions(QUESTIONS, QUESTION_SEED)))
+    return CARD.format(
+        parameters=model.num_parameters(),
+        layers=CONFIG["num_hidden_layers"],
+        hidden=CONFIG["hidden_size"],
+        heads=CONFIG["num_attention_heads"],
+        kv_heads=CONFIG["num_key_value_heads"],
+        context=CONFIG["max_position_embeddings"],
+        size=(folder / "model.safetensors").stat().st_size,
+        seed=SEED,
+        vocab=tokenizer.get_vocab_size(),
+        tokenizer_documents=TOKENIZER_DOCUMENTS,
+        steps=STEPS,
+        batch=ROWS * LENGTH,
+        length=LENGTH,
+        long=1 - LONG_FROM,
+        long_length=2 * LENGTH,
+        minutes=trained["seconds"] / 60,
+        tokens=trained["tokens"],
+        loss=trained["loss"],
+        questions=QUESTIONS,
+        question_seed=QUESTION_SEED,
+        score="\n".join(f"| {group} | {right} |" for group, right in score.items()),
+        prompt=EXAMPLE,
+        answer=greedy(model, tokenizer, EXAMPLE, count=1).removeprefix("<s>" + EXAMPLE),
+        sample=greedy(model, tokenizer, ""),
+    )
+
+
+def write(folder: Path, files: Mapping[str, str | dict]) -> None:
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    """The Hugging Face layout; the head is the embedding, so it is not written twice."""
+    state = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = {"bos_token_id": tokenizer.token_to_id("<s>"), "eos_token_id": tokenizer.token_to_id("</s>")}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONFIG["max_position_embeddings"],
+    }
+    files = {
+        "config.json": {**CONFIG, **ids, "vocab_size": tokenizer.get_vocab_size()},
+        "generation_config.json": {**ids, "do_sample": False},
+        "tokenizer_config.json": tokenizer_config,
+    }
+    write(folder, files)
+
+
+def retrain(out: Path) -> None:
+    """Trains, writes into a new folder, measures what was written, and only then replaces the files in `out`."""
+    tokenizer = train_tokenizer()
+    model = new_model(tokenizer)
+    print(f"{model.num_parameters()} parameters, {tokenizer.get_vocab_size()} tokens", flush=True)
+    trained = train(model, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
+        write_model(Path(new), model, tokenizer)
+        written, _ = load(Path(new))
+        write(Path(new), {"README.md": card(Path(new), written, tokenizer, trained)})
+        for path in Path(new).iterdir():
+            os.replace(path, out / path.name)
+
+
+def evaluate(out: Path) -> None:
+    model, tokenizer = load(out)
+    print(json.dumps(share_right(answered(model, tokenizer, held_out_questions(QUESTIONS, QUESTION_SEED))), indent=2))
+    print(greedy(model, tokenizer, ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the folder of the model's files")
+    parser.add_argument("--evaluate", action="store_true", help="measure the files in --out instead of retraining")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # one order of summation: the same seed gives the same model
+    if arguments.evaluate:
+        evaluate(arguments.out)
+    else:
+        retrain(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

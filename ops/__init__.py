@@ -1,0 +1,16 @@
+"""Ops: tensors, and the one seam through which every op call goes. Knows TVM and NumPy, nothing above it."""
+
+import os as _os
+
+
+def _set_threads() -> None:
+    """TVM reads its thread count once, at import, and takes one thread on a small machine: say it before."""
+    cores = len(_os.sched_getaffinity(0)) if hasattr(_os, "sched_getaffinity") else _os.cpu_count() or 1
+    _os.environ.setdefault("TVM_NUM_THREADS", _os.environ.get("LIMPID_THREADS") or str(cores))
+
+
+_set_threads()
+
+from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError  # noqa: E402
+from .norm import rms_norm  # noqa: E402
+from .tensor import Tensor, empty, tensor, zeros  # noqa: E402

@@ -1,0 +1,238 @@
+"""From an op and its specs to a compiled function: a memo, the disk cache, the compiler, and a log of what it did."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tvm
+from tvm import tirx
+
+from . import store, target
+from .errors import KernelError
+from .spec import DTYPES, Dim, Spec
+
+if TYPE_CHECKING:
+    from .op import Op
+
+_HERE = Path(__file__).parent
+_SHARED_SOURCES = ("build.py", "target.py", "tir.py", "schedule/cpu.py", "schedule/vector.py")
+
+
+class Text(str):
+    """Source text whose repr is the text itself, so that a prompt or a notebook shows it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One entry of the log: what was compiled, why it was not found ready, and how long it took."""
+
+    op: str
+    specs: str
+    reason: str
+    seconds: float
+
+
+log: list[Compiled] = []
+_memo: dict[str, Callable] = {}
+_lock = threading.Lock()
+_building: dict[str, threading.Lock] = {}
+
+
+@dataclass(frozen=True)
+class Request:
+    """An op at symbolic specs with its constants: what one kernel is built from."""
+
+    op: Op
+    specs: tuple
+    constants: dict[str, Any]
+
+    @property
+    def arguments(self) -> str:
+        shown = [f"{n}={v}" for n, v in zip(self.op.parameters, self.specs, strict=False) if v is not None]
+        return ", ".join(shown + [f"{n}={v!r}" for n, v in sorted(self.constants.items())])
+
+    @property
+    def key(self) -> str:
+        """A digest of all that the machine code depends on."""
+        parts = (self.op.name, self.arguments, _source_digest(self.op), target.describe(), _versions())
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+    def blocks(self) -> Any:
+        """The op's block definition, unscheduled and without regard to a target."""
+        if self.op._kernel is None:
+            raise KernelError(f"{self.op.name} has no kernel; register one with @{self.op.name}.kernel")
+        return self._build(self.op._kernel)
+
+    def scheduled(self) -> Any:
+        """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
+        from .schedule import cpu
+
+        template = self.op._templates.get("cpu")
+        function = self._build(template) if template else None
+        return cpu.schedule(self.blocks(), self._rows()) if function is None else function
+
+    def _rows(self) -> int:
+        """The least size of the first open dimension."""
+        sizes = [spec.shape[0] for spec in self.specs if isinstance(spec, Spec) and spec.shape]
+        return next((size.low for size in sizes if isinstance(size, Dim)), 1)
+
+    def _build(self, builder: Callable) -> Any:
+        missing = (None,) * (len(self.op.parameters) - len(self.specs))
+        outputs = self.op._outputs(self.specs, self.constants)
+        primfunc = builder(*self.specs, *missing, *outputs, **self.constants)
+        return primfunc and _fixed(primfunc, [s for s in (*self.specs, *outputs) if s is not None])
+
+
+def _fixed(primfunc: Any, specs: list) -> Any:
+    """The function with the sizes that it leaves open, but that the specs know, put in: a range of one size."""
+    for parameter, spec in zip(primfunc.params, specs, strict=True):
+        if isinstance(spec, Spec) and not spec.symbolic and any(isinstance(each, tirx.Var) for each in parameter.shape):
+            buffer = tirx.decl_buffer(
+                spec.shape, spec.dtype, parameter.name, elem_offset=parameter.elem_offset,
+                data_alignment=parameter.data_alignment, offset_factor=parameter.offset_factor,
+            )  # fmt: skip
+            return _fixed(primfunc.specialize({parameter: buffer}), specs)
+    return primfunc
+
+
+def function(request: Request) -> Callable:
+    """The compiled function for `request`: from the memo, the disk cache, or the compiler."""
+    key = request.key
+    found = _memo.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        lock = _building.setdefault(key, threading.Lock())
+    with lock:
+        if key not in _memo:
+            _memo[key] = _load_or_compile(request, key)
+        return _memo[key]
+
+
+def _load_or_compile(request: Request, key: str) -> Callable:
+    with store.locked(key):
+        path, reason = store.find(key)
+        if path is not None:
+            try:
+                return tvm.runtime.load_module(str(path))[request.op.name]
+            except Exception as error:  # an object file of the right digest that still does not load
+                reason = f"the cached object does not load: {error}"
+        started = time.perf_counter()
+        executable = _compile(request)
+        log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
+        store.put(key, f"{request.op.name}({request.arguments})", lambda at: executable.mod.write_to_file(str(at)))
+        return executable[request.op.name]
+
+
+def _compile(request: Request) -> Any:
+    try:
+        primfunc = request.scheduled()
+        _check_alignment(request, primfunc)
+        return tvm.compile(primfunc.with_attr("global_symbol", request.op.name), target=target.host())
+    except KernelError:
+        raise
+    except Exception as error:
+        raise KernelError(f"{request.op.name}({request.arguments}) does not compile: {error}") from error
+
+
+def _check_alignment(request: Request, primfunc: Any) -> None:
+    """A kernel that assumes more than its elements' alignment would crash on a mapped weight."""
+    for parameter in primfunc.params:
+        assumed = getattr(parameter, "data_alignment", None) if hasattr(parameter.ty, "data_alignment") else None
+        if assumed is not None and assumed > DTYPES[str(parameter.dtype)].itemsize:
+            raise KernelError(
+                f"{request.op.name}: {parameter.name} assumes {assumed}-byte alignment; pass align= its element size"
+            )
+
+
+def compiled(primfunc: Any, name: str) -> Callable:
+    """Compile a PrimFunc that a user wrote, as it is. Not cached on disk: it has no source to key it by."""
+    started = time.perf_counter()
+    try:
+        executable = tvm.compile(primfunc.with_attr("global_symbol", name), target=target.host())
+    except Exception as error:
+        raise KernelError(f"the PrimFunc for {name} does not compile: {error}") from error
+    log.append(Compiled(name, "PrimFunc", "given by op.use", time.perf_counter() - started))
+    return executable[name]
+
+
+def is_primfunc(value: Any) -> bool:
+    return isinstance(value, tirx.PrimFunc)
+
+
+def prepare(requests: Iterable[Request], progress: bool = True) -> int:
+    """Build what is not in memory yet, in parallel, with a progress bar when anything must be compiled.
+
+    Gives the number of kernels that were compiled.
+    """
+    wanted = {request.key: request for request in requests}
+    missing = [request for key, request in wanted.items() if key not in _memo]
+    before = len(log)
+    if len(missing) < 2:
+        for request in missing:
+            function(request)
+        return len(log) - before
+    absent = sum(not store.has(request.key) for request in missing)
+    with ThreadPoolExecutor(target.threads()) as pool:
+        results = pool.map(function, missing)
+        for _ in _tracked(results, len(missing), progress and absent > 1):
+            pass
+    return len(log) - before
+
+
+def _tracked(results: Iterable, total: int, shown: bool) -> Iterable:
+    if not shown:
+        return results
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(results, "Compiling kernels", total, console=Console(stderr=True), transient=True)
+
+
+def tir(request: Request) -> Text:
+    """TVMScript of the op's block definition."""
+    return Text(request.blocks().script())
+
+
+def source(request: Request, language: str) -> Text:
+    """Generated code: "llvm", "asm" (as this machine runs it) or "c" (from the block definition)."""
+    if language == "c":
+        generated = tvm.compile(request.blocks().with_attr("global_symbol", request.op.name), target="c")
+        return Text(generated.mod.inspect_source())
+    if language not in ("llvm", "asm"):
+        raise KernelError(f"no source in {language!r}; known are 'llvm', 'asm' and 'c'")
+    return Text(_compile(request).mod.inspect_source("ll" if language == "llvm" else "asm"))
+
+
+@functools.cache
+def _source_digest(op: Op) -> str:
+    """A digest of the files that the op's kernel is written in."""
+    files = [_HERE / name for name in _SHARED_SOURCES]
+    builders = [each for each in (op.rule, op._kernel, *op._templates.values()) if each is not None]
+    files += sorted({Path(inspect.getfile(each)) for each in builders})
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes() if path.exists() else b"")
+    return digest.hexdigest()
+
+
+@functools.cache
+def _versions() -> str:
+    return f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}"
+
+

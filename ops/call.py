@@ -1,0 +1,156 @@
+"""Call: one op call as tools see it. Kernel: what computes it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from .spec import Spec
+from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .op import Op
+    from .scope import Scope
+
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class Call:
+    """One op call: the op, its run-time `args`, its compile-time `constants`, and where it was made.
+
+    `args` is positional, in the order of the op's signature, without trailing defaults.
+    """
+
+    __slots__ = ("args", "constants", "op", "ordinal", "scope")
+
+    def __init__(self, op: Op, args: tuple, constants: dict[str, Any], scope: Scope, ordinal: int):
+        self.op, self.args, self.constants, self.scope, self.ordinal = op, args, constants, scope, ordinal
+
+    def replace(self, args: tuple | None = None, constants: dict[str, Any] | None = None) -> Call:
+        """The same call with other arguments."""
+        changed = Call.__new__(Call)
+        changed.op, changed.scope, changed.ordinal = self.op, self.scope, self.ordinal
+        changed.args = self.args if args is None else tuple(args)
+        changed.constants = self.constants if constants is None else dict(constants)
+        return changed
+
+    @property
+    def path(self) -> str:
+        """The path of the module that made the call, such as `layers.0.mlp.gate_proj`."""
+        return self.scope.path
+
+    @property
+    def address(self) -> str:
+        """Where in the model: `path/op[ordinal]`."""
+        return f"{self.path}/{self.op.name}[{self.ordinal}]"
+
+    @property
+    def full_address(self) -> str:
+        """The address and the pass: `path/op[ordinal]@pass`."""
+        return f"{self.address}@{self.scope.number}"
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """The run-time arguments by name."""
+        return dict(zip(self.op.parameters, self.args, strict=False))
+
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """Shapes and dtypes of the outputs, before the launch."""
+        return self.op.plan(self.args, self.constants).outputs
+
+    @property
+    def written(self) -> dict[str, Tensor]:
+        """The arguments that the kernel writes, by name."""
+        inputs = self.inputs
+        return {name: inputs[name] for name in self.op.writes}
+
+    @property
+    def frame(self) -> FrameType | None:
+        """The frame of the model's code that makes the call. Only while the call runs."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not _is_users(frame):
+            frame = frame.f_back
+        return frame
+
+    @property
+    def source(self) -> str:
+        """File and line of the model's code that makes the call, `llm/models/llama.py:57`. Only while it runs."""
+        frame = self.frame
+        return f"{os.path.relpath(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else "?"
+
+    def __repr__(self) -> str:
+        values = [f"{name}={_brief(value)}" for name, value in (self.inputs | self.constants).items()]
+        return f"{self.full_address}({', '.join(values)})"
+
+
+def _is_users(frame: FrameType) -> bool:
+    """True for a frame outside the runtime: not in ops, and not where a module only passes a call on."""
+    if frame.f_code.co_filename.startswith(_HERE):
+        return False
+    return not frame.f_globals.get("__limpid_plumbing__", False)
+
+
+def _brief(value: Any) -> str:
+    return repr(value.spec) if isinstance(value, Tensor) else repr(value)
+
+
+class Kernel:
+    """What computes an op: `launch(call, outputs)` fills the output tensors, and written arguments in place.
+
+    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, "python" for a Python function.
+    """
+
+    def __init__(self, name: str, origin: str, launch: Callable[[Call, tuple[Tensor, ...]], None]):
+        self.name, self.origin, self.launch = name, origin, launch
+
+    @classmethod
+    def from_python(cls, function: Callable) -> Kernel:
+        """A kernel from a function with the signature of the op's reference: NumPy arrays in, arrays out."""
+
+        def launch(call: Call, outputs: tuple[Tensor, ...]) -> None:
+            arrays = [each.numpy() if isinstance(each, Tensor) else each for each in call.args]
+            results = as_tuple(function(*arrays, **call.constants))
+            targets = (*outputs, *call.written.values())
+            if len(results) != len(targets):
+                raise ValueError(f"{name} gave {len(results)} arrays, {call.op.name} has {len(targets)} to fill")
+            for target, result in zip(targets, results, strict=True):
+                if tuple(result.shape) != target.shape:
+                    raise ValueError(f"{name} gave the shape {tuple(result.shape)}, {call.op.name} gives {target.spec}")
+                target.numpy()[...] = result
+
+        name = getattr(function, "__name__", repr(function))
+        return cls(name, "python", launch)
+
+    @classmethod
+    def from_compiled(cls, name: str, run: Callable) -> Kernel:
+        """A kernel from a compiled function that takes the runtime tensors of inputs, then outputs."""
+
+        def launch(call: Call, outputs: tuple[Tensor, ...]) -> None:
+            run(*raw(call.args), *[each.buffer.data for each in outputs])
+
+        return cls(name, "tvm", launch)
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name} ({self.origin})>"
+
+
+def raw(args: tuple) -> list:
+    """Runtime tensors and scalars as a compiled function takes them; an absent argument (None) is left out."""
+    return [each.buffer.data if type(each) is Tensor else each for each in args if each is not None]
+
+
+def as_tuple(value: Any) -> tuple:
+    """What a function returned, as a tuple: of one, of several, of none."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def signature_line(name: str, function: Callable) -> str:
+    """`name(x: Tensor, *, eps: float) -> Tensor`, for help and errors."""
+    return f"{name}{inspect.signature(function)}".replace("'", "")

@@ -1,0 +1,110 @@
+"""Buffers: memory on a device, taken from a pool and given back when nothing refers to it any more.
+
+A decode step asks for the same shapes again and again, so the pool keeps free buffers by spec. A buffer that a NumPy
+array or another library still holds through DLPack is never reused: its runtime reference count tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import threading
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm.runtime import _ffi_api
+
+from .spec import Spec
+
+IDLE_LIMIT = 512 * 2**20  # bytes that may wait for reuse before the pool is emptied
+
+_lock = threading.Lock()
+_allocations = 0
+_allocated_bytes = 0
+
+
+class Buffer:
+    """One allocation: `data` is the runtime tensor, `references` its count of owners outside Python."""
+
+    __slots__ = ("data", "references")
+
+    def __init__(self, data):
+        self.data = data
+        # The strong count is the low half of the first word of every runtime object.
+        self.references = ctypes.c_uint32.from_address(data.__chandle__())
+
+    def exclusive(self) -> bool:
+        """True when only this buffer, and its caller's reference to it, know the memory."""
+        return self.references.value == 1 and sys.getrefcount(self.data) == 2
+
+
+def allocate(spec: Spec) -> Buffer:
+    """A buffer of `spec`, reused when one is free. Its contents are whatever was there."""
+    try:
+        return spec.free.pop()
+    except IndexError:
+        return _allocate(spec)
+
+
+def _allocate(spec: Spec) -> Buffer:
+    global _allocations, _allocated_bytes
+    if idle_bytes() > IDLE_LIMIT:
+        clear()
+    with _lock:
+        _allocations += 1
+        _allocated_bytes += spec.nbytes
+    return Buffer(_ffi_api.TVMTensorAllocWithScope(*_runtime_type(spec), tvm.device(spec.device), None))
+
+
+def view(spec: Spec, buffer: Buffer) -> Buffer:
+    """The same memory seen as `spec`, which must hold no more bytes. The view keeps the memory alive."""
+    return Buffer(_ffi_api.TVMTensorCreateView(buffer.data, *_runtime_type(spec), 0))
+
+
+def view_as(buffer: Buffer, shape: tuple[int, ...], dtype: str):
+    """The runtime tensor of `buffer` with another shape or dtype name, such as the bits of a bfloat16."""
+    return _ffi_api.TVMTensorCreateView(buffer.data, tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), 0)
+
+
+def view_at(spec: Spec, buffer: Buffer, offset: int) -> Buffer:
+    """`spec` at `offset` bytes into the memory of `buffer`."""
+    if offset == 0 or spec.size == 0:
+        return view(spec, buffer)
+    # Kernels take no byte offset, so the data pointer itself must move; DLPack from a NumPy slice does that.
+    whole = np.from_dlpack(_ffi_api.TVMTensorCreateView(buffer.data, *_bytes_of(buffer), 0))
+    part = whole[offset : offset + spec.nbytes]
+    return view(spec, Buffer(tvm_ffi.from_dlpack(part)))
+
+
+def _bytes_of(buffer: Buffer) -> tuple:
+    data = buffer.data
+    return tvm_ffi.Shape((data.numel() * data.dtype.itemsize,)), tvm_ffi.dtype("uint8")
+
+
+@functools.cache
+def _runtime_type(spec: Spec) -> tuple:
+    return tvm_ffi.Shape(spec.shape), tvm_ffi.dtype(spec.dtype)
+
+
+def release(spec: Spec, buffer: Buffer) -> None:
+    """Give a buffer back; it is dropped, not kept, when somebody else still refers to its memory."""
+    if buffer.exclusive():
+        spec.free.append(buffer)
+
+
+def idle_bytes() -> int:
+    """Bytes that wait in the pool for reuse."""
+    return sum(len(spec.free) * spec.nbytes for spec in tuple(Spec._interned.values()) if spec.free)
+
+
+def clear() -> None:
+    """Return all idle buffers to the system."""
+    for spec in tuple(Spec._interned.values()):
+        spec.free.clear()
+
+
+def statistics() -> dict[str, int]:
+    """`allocations` and `allocated_bytes` since the process started, `idle_bytes` now."""
+    return {"allocations": _allocations, "allocated_bytes": _allocated_bytes, "idle_bytes": idle_bytes()}

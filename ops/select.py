@@ -1,0 +1,120 @@
+"""Selectors: which calls a trace, a stop, a patch or a swap means. One small language for all of them.
+
+    layers.3                       every call inside the module `layers.3` (its subtree)
+    layers.0-3                     the same for layers 0 to 3, both included
+    layers.*.self_attn             a glob: `*` stands for anything, dots included; no subtree is implied
+    layers.0.self_attn/rope[1]     the second `rope` call of that module
+    /linear                        every call of the op `linear`, wherever it is made
+    layers.0-3.*/linear@2          in the second pass only
+    /linear dtype=bfloat16 rows=1  further words narrow by the first input: dtype, rows (its first size), shape=1x64
+    layers.0, layers.7             a comma means "or"
+
+A function of the `Call`, an op, a list of selectors, or None (every call) also serve.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .errors import SelectorError
+from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .call import Call
+
+_ADDRESS = re.compile(
+    r"(?P<path>[\w.*?-]*)(?P<slash>/(?P<op>[\w*?]+)(\[(?P<ordinal>\d+)\])?)?(@(?P<number>\d+))?"
+)
+_WORDS = ("dtype", "rows", "shape")
+
+
+class Selector:
+    """A compiled selector; `matches(call)` tells."""
+
+    def __init__(self, where: Any = None):
+        self.where = where
+        self.matches: Callable[[Call], bool] = _compile(where)
+
+    def __repr__(self) -> str:
+        return "every call" if self.where is None else repr(self.where)
+
+
+def _compile(where: Any) -> Callable[[Call], bool]:
+    if where is None:
+        return lambda call: True
+    if isinstance(where, Selector):
+        return where.matches
+    if isinstance(where, str):
+        return _any([_one(part.strip()) for part in where.split(",")])
+    if hasattr(where, "rule") and hasattr(where, "name"):
+        return lambda call: call.op is where
+    if isinstance(where, (list, tuple, set, frozenset)):
+        return _any([_compile(each) for each in where])
+    if callable(where):
+        return lambda call: bool(where(call))
+    raise SelectorError(f"a selector is a string, a function of the call, an op or a list of these, not {where!r}")
+
+
+def _any(tests: list[Callable[[Call], bool]]) -> Callable[[Call], bool]:
+    return tests[0] if len(tests) == 1 else lambda call: any(test(call) for test in tests)
+
+
+def _one(text: str) -> Callable[[Call], bool]:
+    words = text.split()
+    address = _ADDRESS.fullmatch(words[0]) if words and "=" not in words[0] else _ADDRESS.fullmatch("")
+    if not words or address is None:
+        raise SelectorError(f"selector {text!r} is not understood; examples: 'layers.0-3', 'layers.0/linear[0]', '/rope'")
+    tests = [_word(word, text) for word in (words if "=" in words[0] else words[1:])]
+    path, op = path_pattern(address["path"]), _glob(address["op"] or "*")
+    ordinal, number = address["ordinal"], address["number"]
+
+    def matches(call: Call) -> bool:
+        return (
+            (ordinal is None or call.ordinal == int(ordinal))
+            and (number is None or call.scope.number == int(number))
+            and op.fullmatch(call.op.name) is not None
+            and path.fullmatch(call.path) is not None
+            and all(test(call) for test in tests)
+        )
+
+    return matches
+
+
+def path_pattern(path: str) -> re.Pattern[str]:
+    """The pattern for the path part of a selector: a glob, else the module and its subtree."""
+    if not path:
+        return re.compile(".*")
+    segments = [_segment(segment) for segment in path.split(".")]
+    globbed = "*" in path or "?" in path
+    return re.compile(r"\.".join(segments) + ("" if globbed else r"(\..*)?"))
+
+
+def _segment(segment: str) -> str:
+    numbers = re.fullmatch(r"(\d+)-(\d+)", segment)
+    if not numbers:
+        return _glob(segment).pattern
+    low, high = int(numbers[1]), int(numbers[2])
+    if low > high:
+        raise SelectorError(f"the range {segment} is empty; write it as {high}-{low}")
+    return "(" + "|".join(str(i) for i in range(low, high + 1)) + ")"
+
+
+def _glob(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text).replace(r"\*", ".*").replace(r"\?", "."))
+
+
+def _word(word: str, text: str) -> Callable[[Call], bool]:
+    key, _, value = word.partition("=")
+    if key not in _WORDS or not value:
+        raise SelectorError(f"selector {text!r}: {word!r} is not understood; known are {', '.join(_WORDS)}, as dtype=float32")
+
+    def matches(call: Call) -> bool:
+        first = next((each for each in call.args if isinstance(each, Tensor)), None)
+        if first is None:
+            return False
+        given = {"dtype": first.dtype, "rows": str(first.shape[0] if first.shape else 1)}
+        return given.get(key, "x".join(map(str, first.shape))) == value
+
+    return matches
