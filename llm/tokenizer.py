@@ -139,6 +139,17 @@ class Tokenizer:
                 f"{embedding_rows} rows. Use the tokenizer that belongs to this model."
             )
 
+    def save(self, directory: Path) -> None:
+        """Write what `from_directory` reads: tokenizer.json, tokenizer_config.json, the ids and the template."""
+        self.backend.save(str(directory / "tokenizer.json"))
+        settings = {"bos_token": self.bos_token or None, "eos_token": self.eos_token or None}
+        _write_json(directory / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        _write_json(
+            directory / "generation_config.json", {"bos_token_id": self.bos_id, "eos_token_id": sorted(self.eos_ids)}
+        )
+        if self.chat_template is not None:
+            (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, bos_id={self.bos_id}, eos_ids={sorted(self.eos_ids)})"
 
@@ -225,6 +236,10 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
 def _token_name(names: dict[str, Any], key: str, path: Path) -> str | None:
     """A special token is written as a string, as an AddedToken object, or as null."""
     value = names.get(key)
@@ -309,14 +324,13 @@ def _read_llama2c(path: Path, vocab_size: int) -> tuple[list[str], list[float]]:
 def _merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
     """All pairs of tokens whose concatenation is a token, best score first.
 
-    llama2.c takes the leftmost of equal scores; a merge's rank cannot depend on the place, so equals are ordered to
-    the same effect: in `ab a ba` both pairs give `aba` and `ab+a` comes first; among runs of spaces the longest left
-    part does, so that the first run grows by one space at a time.
+    llama2.c takes the leftmost of equal scores, but a merge's rank cannot depend on its place. For the runs of spaces,
+    which all tie, longest left part first comes to the same: the first run grows by one space at a time.
     """
     ranked = []
     for token, id in vocab.items():
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if id > 2 and vocab.get(left, 0) > 2 and vocab.get(right, 0) > 2:
-                ranked.append((-scores[id], not token.startswith(right), -i, left, right))
+                ranked.append((-scores[id], -i, left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]

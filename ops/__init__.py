@@ -11,6 +11,13 @@ def _set_threads() -> None:
 
 _set_threads()
 
+from . import scope  # noqa: E402
+from .call import Call, Kernel  # noqa: E402
 from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError  # noqa: E402
+from .intercept import Interceptor, install, intercepted  # noqa: E402
 from .norm import rms_norm  # noqa: E402
+from .op import Op, like, op  # noqa: E402
+from .prepare import prepare  # noqa: E402
+from .select import Selector  # noqa: E402
+from .spec import Dim, Spec  # noqa: E402
 from .tensor import Tensor, empty, tensor, zeros  # noqa: E402

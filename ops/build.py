@@ -19,6 +19,7 @@ from tvm import tirx
 
 from . import store, target
 from .errors import KernelError
+from .progress import tracked
 from .spec import DTYPES, Dim, Spec
 
 if TYPE_CHECKING:
@@ -190,18 +191,9 @@ def prepare(requests: Iterable[Request], progress: bool = True) -> int:
     absent = sum(not store.has(request.key) for request in missing)
     with ThreadPoolExecutor(target.threads()) as pool:
         results = pool.map(function, missing)
-        for _ in _tracked(results, len(missing), progress and absent > 1):
+        for _ in tracked(results, "Compiling kernels", len(missing), shown=progress and absent > 1):
             pass
     return len(log) - before
-
-
-def _tracked(results: Iterable, total: int, shown: bool) -> Iterable:
-    if not shown:
-        return results
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(results, "Compiling kernels", total, console=Console(stderr=True), transient=True)
 
 
 def tir(request: Request) -> Text:

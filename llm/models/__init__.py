@@ -1,0 +1,20 @@
+"""One file an architecture, named after HF's `model_type`. They never import each other."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from llm.errors import ConfigError
+
+# model_type -> the class in the file of that name
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral"}
+
+
+def architecture(model_type: object) -> tuple[type, type]:
+    """The config and model class for a config.json's `model_type`. Raises ConfigError."""
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {known}")
+    module: ModuleType = importlib.import_module(f"llm.models.{model_type}")
+    return module.Config, getattr(module, ARCHITECTURES[str(model_type)])

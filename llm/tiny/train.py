@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import random
 import tempfile
 import time
 from collections import Counter
@@ -37,6 +38,7 @@ CONFIG = {
     "head_dim": 32,
     "hidden_act": "silu",
     "max_position_embeddings": 512,
+    "initializer_range": 0.08,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "attention_bias": False,
@@ -45,8 +47,12 @@ CONFIG = {
     "torch_dtype": "bfloat16",
 }
 STEPS, WARMUP = 5000, 100
-ROWS, LENGTH = 16, 256
-LONG_FROM = 0.85  # from this part of the steps on, rows are twice as long and half as many: the whole context is used
+BATCH = 2048  # tokens at most, padding included
+# The curriculum, in shares of the steps. First short facts alone: the model learns to copy from the context there, in
+# minutes, and does not from long rows. Then every document, alone in its row. Last, rows of the whole context's length
+# filled with documents, so that all positions are trained, and that <s> starts anew.
+SHORT_UNTIL, SHORT = 0.15, 64
+PACKED_FROM = 0.85
 MUON_LR, ADAM_LR = 0.01, 4e-3
 QUESTIONS, QUESTION_SEED = 2000, 7
 
@@ -69,20 +75,47 @@ def train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def batches(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
-    """[rows, length] ids. A row starts with a document's <s>, as a prompt does, and is filled with whole documents but
-    the last."""
-    corpus = documents(SEED)
-    eos = tokenizer.token_to_id("</s>")
-    for step in itertools.count():
-        rows, length = (ROWS, LENGTH) if step < LONG_FROM * STEPS else (ROWS // 2, 2 * LENGTH)
+def encoded(tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The corpus as ids, each document from <s> to </s>."""
+    for text in documents(SEED):
+        yield [*tokenizer.encode(text).ids, tokenizer.token_to_id("</s>")]
+
+
+def one_a_row(corpus: Iterator[list[int]]) -> Iterator[torch.Tensor]:
+    """[rows, length] ids of documents of similar length, padded at the end with -100."""
+    shuffle = random.Random(SEED).shuffle
+    while True:
+        pool = sorted(itertools.islice(corpus, 512), key=len)
+        found, rows = [], []
+        for row in pool:
+            if (len(rows) + 1) * len(row) > BATCH:  # the rows are sorted: this one is the longest so far
+                found.append(rows)
+                rows = []
+            rows.append(row)
+        shuffle(found)
+        for rows in found:
+            yield torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100)
+
+
+def packed(corpus: Iterator[list[int]]) -> Iterator[torch.Tensor]:
+    """[rows, max_position_embeddings] ids. A row starts with <s> and holds whole documents but the last."""
+    length = CONFIG["max_position_embeddings"]
+    while True:
         batch = []
-        for _ in range(rows):
-            row: list[int] = []
-            while len(row) <= length:
-                row += [*tokenizer.encode(next(corpus)).ids, eos]
+        for _ in range(BATCH // length):
+            row = list(next(corpus))
+            while len(row) < length:
+                row += next(corpus)
             batch.append(row[:length])
         yield torch.tensor(batch)
+
+
+def batches(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
+    corpus = encoded(tokenizer)
+    start, end = int(SHORT_UNTIL * STEPS), int(PACKED_FROM * STEPS)
+    yield from itertools.islice(one_a_row(row for row in corpus if len(row) <= SHORT), start)
+    yield from itertools.islice(one_a_row(corpus), end - start)
+    yield from itertools.islice(packed(corpus), STEPS - end)
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -104,36 +137,34 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 def rate(step: int) -> float:
     """The learning rate's share of its peak: warm-up, then a cosine down to 2 %."""
     if step < WARMUP:
-        return (step + 1) / WARMUP
+        return step / WARMUP
     return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
 
 
-def train(model: LlamaForCausalLM, tokenizer: Tokenizer) -> dict[str, float]:
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, checkpoint: Path | None) -> dict[str, float]:
     """Trains in place; returns the mean loss of the last 100 steps, the tokens seen and the seconds taken."""
     opts = optimizers(model)
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     start, losses, tokens = time.time(), [], 0
-    model.train()
-    for step, ids in zip(range(STEPS), batches(tokenizer), strict=False):
+    for step, labels in enumerate(batches(tokenizer), start=1):
         for opt, peak in zip(opts, peaks, strict=True):
             opt.param_groups[0]["lr"] = peak * rate(step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=labels.clamp(min=0), labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad()
         losses.append(loss.item())
-        tokens += ids.numel()
-        if step % 50 == 49:
-            mean = sum(losses[-50:]) / 50
-            print(f"step {step + 1:5d}  loss {mean:.4f}  tokens {tokens}  {time.time() - start:.0f} s", flush=True)
-        if step % 400 == 399:
-            model.eval()
+        tokens += int((labels >= 0).sum())
+        if step % 100 == 0:
+            mean = sum(losses[-100:]) / 100
+            print(f"step {step}  loss {mean:.4f}  tokens {tokens}  {time.time() - start:.0f} s", flush=True)
+        if step % 500 == 0:
             print(share_right(answered(model, tokenizer, held_out_questions(200, step))), flush=True)
-            model.train()
-    model.eval()
+            if checkpoint:
+                write_model(checkpoint, model, tokenizer)
     return {"loss": sum(losses[-100:]) / len(losses[-100:]), "tokens": tokens, "seconds": time.time() - start}
 
 
@@ -191,9 +222,9 @@ of who has what, and exists so that the runtime has a real, trained model at han
 - **Corpus**: generated by `corpus.py`, a seeded grammar; no text from anywhere else. Seed {seed}.
 - **Tokenizer**: byte-level BPE, {vocab} tokens, trained on the first {tokenizer_documents:,} documents. `<s>` is put
   first; `</s>` ends a document.
-- **Training**: {steps:,} steps of {batch:,} tokens, {tokens:,} tokens in all, each document fresh; rows of {length}
-  tokens, in the last {long:.0%} of the steps of {long_length}. Muon and AdamW, cosine schedule, {minutes:.0f} minutes
-  on one CPU core (bfloat16 autocast).
+- **Training**: {steps:,} steps of at most {batch:,} tokens, {tokens:,} tokens in all, each document fresh: {short:.0%}
+  of the steps on short facts, then one document a row, the last {packed:.0%} on rows of {context} tokens. Muon and
+  AdamW, cosine schedule, {minutes:.0f} minutes on one CPU core (bfloat16 autocast).
 - **Final loss**: {loss:.3f} nats a token (mean of the last 100 training steps; most of it is the grammar's own dice).
 
 ## Held-out score
@@ -244,10 +275,9 @@ def card(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, trained: d
         vocab=tokenizer.get_vocab_size(),
         tokenizer_documents=TOKENIZER_DOCUMENTS,
         steps=STEPS,
-        batch=ROWS * LENGTH,
-        length=LENGTH,
-        long=1 - LONG_FROM,
-        long_length=2 * LENGTH,
+        batch=BATCH,
+        short=SHORT_UNTIL,
+        packed=1 - PACKED_FROM,
         minutes=trained["seconds"] / 60,
         tokens=trained["tokens"],
         loss=trained["loss"],
@@ -289,18 +319,19 @@ def write_model(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer) -> 
     write(folder, files)
 
 
-def retrain(out: Path) -> None:
+def retrain(out: Path, checkpoint: Path | None) -> None:
     """Trains, writes into a new folder, measures what was written, and only then replaces the files in `out`."""
     tokenizer = train_tokenizer()
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {tokenizer.get_vocab_size()} tokens", flush=True)
-    trained = train(model, tokenizer)
+    trained = train(model, tokenizer, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".new-") as new:
         write_model(Path(new), model, tokenizer)
         written, _ = load(Path(new))
         write(Path(new), {"README.md": card(Path(new), written, tokenizer, trained)})
         for path in Path(new).iterdir():
+            path.chmod(0o644)  # safetensors keeps its file to the owner
             os.replace(path, out / path.name)
 
 
@@ -314,12 +345,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the model's files")
     parser.add_argument("--evaluate", action="store_true", help="measure the files in --out instead of retraining")
+    parser.add_argument("--checkpoint", type=Path, help="a folder for the unfinished model, written every 500 steps")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # one order of summation: the same seed gives the same model
     if arguments.evaluate:
         evaluate(arguments.out)
     else:
-        retrain(arguments.out)
+        retrain(arguments.out, arguments.checkpoint)
 
 
 if __name__ == "__main__":

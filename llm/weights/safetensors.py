@@ -43,6 +43,8 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
 _ALIGN = 64
+# Without it Linux refuses a writable private map that is larger than memory. Python names it from 3.13 on.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _AGAIN = "the file is damaged or incomplete: download it again"
 
 
@@ -186,7 +188,8 @@ def map_file(path: str | os.PathLike[str]) -> np.ndarray:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise CheckpointError(f"{path} is empty: download it again")
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+            flags = mmap.MAP_PRIVATE | _NO_RESERVE
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE), np.uint8)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -234,7 +237,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype[Any], list[int],
     begin, end = offsets
     want = math.prod(shape) * DTYPES[code].itemsize
     if end - begin != want:
-        _bad(path, name, f"data_offsets span {end - begin} bytes, shape {_short(shape)} of {code} takes {want}")
+        _bad(path, name, f"data_offsets span {end - begin} bytes, shape {_short(shape)} of {code} takes {_short(want)}")
     return DTYPES[code], shape, begin, end
 
 
@@ -270,7 +273,9 @@ def _weight_map(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         _bad(path, None, "no weight_map from tensor names to file names")
-    if outside := sorted({s for s in weight_map.values() if os.path.basename(s) != s or s in ("", "..") or "\0" in s}):
+    if outside := sorted(
+        {s for s in weight_map.values() if os.path.basename(s) != s or s in ("", ".", "..") or "\0" in s}
+    ):
         raise CheckpointError(f"{path}: shards must be files beside the index, given {_some(outside)}; do not trust it")
     return weight_map
 

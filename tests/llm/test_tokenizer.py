@@ -129,6 +129,18 @@ def test_llama_gives_the_byte_run_with_the_next_token() -> None:
     assert detokenizer.add(tokenizer.encode("you", bos=False)[0]) == "\n you"
 
 
+@pytest.mark.parametrize("seed", [SEED])
+def test_streaming_with_an_empty_token(seed: int, tmp_path: Path) -> None:
+    """A token without text must not make the next one look like the first, whose space is dropped."""
+    pieces, rng = [*special_and_bytes(), b"", b" ", b" a", b"b"], random.Random(seed)
+    path = write_llama2c(tmp_path / "tok.bin", pieces, [-float(i) for i in range(len(pieces))])
+    tokenizer = Tokenizer.from_llama2c(path, len(pieces))
+    assert stream(tokenizer, [1, 261, 259, 261]) == "a a"
+    for _ in range(200):
+        ids = rng.choices([0, 1, 43, 198, 172, *range(259, 263)], k=rng.randrange(12))
+        assert stream(tokenizer, ids) == tokenizer.decode(ids), ids
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama2"])
 @pytest.mark.parametrize("kind", ["words", "one token", "broken bytes"])
 def test_streaming_cost_does_not_grow(name: str, kind: str) -> None:

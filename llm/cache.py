@@ -1,0 +1,112 @@
+"""The key/value cache: what attention has seen so far, one pair of buffers a layer, grown by doubling."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import ops
+from ops import Tensor
+
+from .errors import ContextOverflow
+
+_FIRST_CAPACITY = 64  # tokens
+
+
+class Layer:
+    """The keys and values of one layer: `keys` [capacity, kv_heads, dim], `values` alike; rows beyond the cache's
+    length hold garbage."""
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values [n, kv_heads, dim] at `positions` int32 [n]; gives both whole buffers."""
+        self.keys = _grown(self.keys, keys, self._cache)
+        self.values = _grown(self.values, values, self._cache)
+        ops.cache_write(self.keys, keys, positions)
+        ops.cache_write(self.values, values, positions)
+        return self.keys, self.values
+
+
+def _grown(buffer: Tensor | None, rows: Tensor, cache: Cache) -> Tensor:
+    """A buffer with the cache's capacity that keeps what is valid; the same one while there is room."""
+    if buffer is not None and buffer.shape[0] >= cache.capacity:
+        return buffer
+    larger = ops.empty((cache.capacity, *rows.shape[1:]), cache.dtype or rows.dtype, rows.device)
+    if buffer is not None:
+        larger.numpy()[: len(cache)] = buffer.numpy()[: len(cache)]
+    return larger
+
+
+class Cache:
+    """`Cache(limit)` for at most `limit` tokens. `len(cache)` is how many it holds; `cache[i]` is layer i.
+
+    A model call takes room with `extend`, writes through the layers, and makes it count with `commit`: a call that is
+    interrupted in between leaves the cache as it was. One sequence; activations are flat over tokens, each with its
+    position, so several sequences can share a call once the cache maps positions to sequences.
+    """
+
+    def __init__(self, limit: int, dtype: str | None = None):
+        self.limit = limit
+        self.dtype = dtype  # of the buffers; None: as the keys come
+        self.capacity = 0
+        self._length = 0
+        self._layers: list[Layer] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __bool__(self) -> bool:
+        return True  # an empty cache is still a cache
+
+    def __getitem__(self, index: int) -> Layer:
+        while len(self._layers) <= index:
+            self._layers.append(Layer(self))
+        return self._layers[index]
+
+    def extend(self, tokens: int) -> Tensor:
+        """Make room for `tokens` more and give their positions, int32 [tokens]. Raises ContextOverflow."""
+        length = self._length + tokens
+        if length > self.limit:
+            raise ContextOverflow(
+                f"{self._length} tokens in the cache and {tokens} more are {length}; "
+                f"this model's context holds {self.limit}: shorten the prompt, or ask for fewer tokens"
+            )
+        if length > self.capacity:
+            self.capacity = min(max(length, 2 * self.capacity, _FIRST_CAPACITY), self.limit)
+        positions = ops.empty((tokens,), "int32")
+        positions.numpy()[...] = np.arange(self._length, length)
+        return positions
+
+    def commit(self, tokens: int) -> None:
+        """The tokens of the last `extend` are in."""
+        self._length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot truncate a cache of {self._length} tokens to {length}")
+        self._length = length
+
+    def copy(self) -> Cache:
+        """An independent cache with the same content."""
+        twin = Cache(self.limit, self.dtype)
+        twin._length, twin.capacity = self._length, self.capacity
+        for i, layer in enumerate(self._layers):
+            for name in ("keys", "values"):
+                if (buffer := getattr(layer, name)) is not None:
+                    fresh = ops.empty(buffer.shape, buffer.dtype, buffer.device)
+                    fresh.numpy()[: len(self)] = buffer.numpy()[: len(self)]
+                    setattr(twin[i], name, fresh)
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        buffers = [each for layer in self._layers for each in (layer.keys, layer.values)]
+        return sum(each.nbytes for each in buffers if each is not None)
+
+    def __repr__(self) -> str:
+        return f"<cache of {len(self)} tokens, {len(self._layers)} layers, {self.nbytes} bytes, at most {self.limit}>"

@@ -1,0 +1,66 @@
+"""What `limpid info` and `limpid cache` show."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ops import store, target
+
+from .tree import size
+
+
+def show(model: Any, name: str) -> None:
+    """The model's tree, then a table of what it is and needs."""
+    console = Console(highlight=False)
+    console.print(repr(model), markup=False, soft_wrap=True)
+    parameters = sum(weight.size for _, weight in model.parameters())
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, value in (
+        ("model", f"{name} ({model.model_type})"),
+        ("parameters", f"{parameters:,}"),
+        ("weights", f"{size(model.nbytes)} as {model.dtype}"),
+        ("context", f"{model.context} tokens"),
+        ("vocabulary", _vocabulary(model)),
+        ("chat template", "yes" if model.tokenizer and model.tokenizer.chat_template else "no"),
+        ("runs on", f"{target.host().attrs['mcpu']}, {target.threads()} threads"),
+        ("peak memory", size(peak_memory())),
+    ):
+        table.add_row(label, value)
+    console.print(table)
+
+
+def _vocabulary(model: Any) -> str:
+    if model.tokenizer is None:
+        return f"{model.config.vocab_size}, no tokenizer"
+    return f"{model.config.vocab_size}, tokenizer of {model.tokenizer.vocab_size}"
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def show_kernels() -> None:
+    """The compiled kernels on disk, the latest used first."""
+    console = Console(highlight=False)
+    entries = store.entries()
+    if store.directory() is None:
+        console.print("the disk cache is off (LIMPID_CACHE=off)")
+        return
+    table = Table(box=None)
+    table.add_column("kernel")
+    table.add_column("size", justify="right")
+    table.add_column("last used", justify="right")
+    for entry in entries:
+        table.add_row(entry.what, size(entry.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)))
+    if entries:
+        console.print(table)
+    total = sum(entry.bytes for entry in entries)
+    console.print(f"{len(entries)} kernels, {size(total)} of at most {size(store.limit())}, in {store.directory()}")

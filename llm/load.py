@@ -1,0 +1,171 @@
+"""From a name or a path to a model that is ready to call, and back to a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ops
+from ops.spec import DTYPES, FLOATS
+
+from .config import parse_config
+from .errors import CheckpointError, ConfigError, UserError
+from .model import Model
+from .models import architecture
+from .nn import load_parameters
+from .tokenizer import Tokenizer
+from .weights import read_directory, read_llama2c, resolve, write_directory
+
+
+def load(
+    name_or_path: str | os.PathLike[str] = "tiny",
+    dtype: str | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    progress: bool = True,
+) -> Any:
+    """A model with its weights and tokenizer.
+
+    `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a llama2.c `.bin` with its
+    `tok*.bin` beside it, or a Hugging Face repository, downloaded at `revision`. Weights are mapped from the file and
+    copied only where `dtype` (float32, float16, bfloat16; default: as stored) asks for a conversion.
+    Raises UserError: ModelNotFound, ConfigError, CheckpointError or TokenizerError.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
+    if device != "cpu":
+        raise UserError(f"device {device!r} is not supported; this version runs on 'cpu'")
+    path = resolve(str(name_or_path), revision)
+    return _load_llama2c(path, dtype, progress) if path.is_file() else _load_directory(path, dtype, progress)
+
+
+def _load_directory(path: Path, dtype: str | None, progress: bool) -> Model:
+    raw = _read_config(path / "config.json")
+    tensors = read_directory(path)
+    model = build(raw, dtype or _stored_dtype(tensors))
+    _fill(model, tensors, progress)
+    if (path / "tokenizer.json").exists():
+        model.tokenizer = Tokenizer.from_directory(path)
+        model.tokenizer.check_fits(model.config.vocab_size)
+    return model
+
+
+def _load_llama2c(path: Path, dtype: str | None, progress: bool) -> Model:
+    if path.suffix != ".bin":
+        raise CheckpointError(f"{path} is not a model; expected a directory in Hugging Face's layout or a llama2.c .bin")
+    raw, tensors = read_llama2c(path)
+    model = build(raw, dtype or "float32")
+    _fill(model, tensors, progress)
+    beside = sorted(path.parent.glob("tok*.bin"))
+    fitting = [each for each in beside if each.stem == f"tok{model.config.vocab_size}"] or beside[:1]
+    if fitting:
+        model.tokenizer = Tokenizer.from_llama2c(fitting[0], model.config.vocab_size)
+    return model
+
+
+def build(raw: dict[str, Any], dtype: str = "float32") -> Model:
+    """A model without weights from the values of a config.json: each weight is a Spec until it is loaded."""
+    config_class, model_class = architecture(raw.get("model_type"))
+    return model_class(parse_config(config_class, raw), dtype)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} has no config.json; expected a directory in Hugging Face's layout") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _stored_dtype(tensors: dict[str, Any]) -> str:
+    """The float dtype that most of the weights have."""
+    sizes = Counter[str]()
+    for array in tensors.values():
+        sizes[array.dtype.name] += array.size
+    known = [name for name, _ in sizes.most_common() if name in FLOATS]
+    if not known:
+        raise CheckpointError(f"the weights are {', '.join(sizes) or 'missing'}; expected one of {', '.join(FLOATS)}")
+    return known[0]
+
+
+def _fill(model: Model, tensors: dict[str, Any], progress: bool) -> None:
+    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    unknown = {name: a.dtype.name for name, a in tensors.items() if a.dtype not in [DTYPES[each] for each in FLOATS]}
+    unknown = {name: kind for name, kind in unknown.items() if kind != "float64" and not name.endswith(model.ignored)}
+    if unknown:
+        shown = ", ".join(f"{name} is {kind}" for name, kind in list(unknown.items())[:4])
+        raise CheckpointError(f"{shown}: expected {', '.join(FLOATS)}")
+    load_parameters(model, tensors, model.base, (*model.ignored, *tied), progress)
+
+
+def save(model: Model, directory: Path) -> Path:
+    """Write config, weights and tokenizer in Hugging Face's layout: into a folder beside `directory`, then renamed."""
+    tensors = {name: weight.numpy() for name, weight in model.named_tensors().items()}
+    directory = directory.expanduser().absolute()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{directory} exists and is not an empty directory; choose another place to save to")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        work.chmod(0o755)
+        (work / "config.json").write_text(json.dumps(config_values(model), indent=2) + "\n", "utf-8")
+        write_directory(work, tensors)
+        if model.tokenizer is not None:
+            model.tokenizer.save(work)
+        if directory.exists():
+            directory.rmdir()
+        work.rename(directory)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return directory
+
+
+def config_values(model: Model) -> dict[str, Any]:
+    """The config.json of a model, in HF's names, as it stands: a changed number of layers is written as it is."""
+    config, rope = model.config, model.config.rope
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "rope"}
+    layers = getattr(model, "layers", None)
+    if layers is not None:
+        values["num_hidden_layers"] = len(layers)
+    values |= {"model_type": model.model_type, "dtype": model.dtype, "rope_theta": rope.theta}
+    values["architectures"] = [f"{type(model).__name__}ForCausalLM"]
+    if rope.rotary_dim != config.head_dim:
+        values["partial_rotary_factor"] = rope.rotary_dim / config.head_dim
+    if rope.scaling is not None:
+        scaling = dataclasses.asdict(rope.scaling)
+        values["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
+    if model.tokenizer is not None:
+        eos = sorted(model.tokenizer.eos_ids)
+        values |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    return values
+
+
+def randomize(model: Model, seed: int = 0) -> Model:
+    """Fill every weight that is not loaded with normal values of deviation 0.02; norms get ones. For tests and bench."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    block = (rng.standard_normal(1 << 20) * 0.02).astype("float32")
+    for name, weight in list(model.parameters()):
+        if isinstance(weight, ops.Spec):
+            tensor = ops.empty(weight.shape, weight.dtype)
+            flat = tensor.numpy().reshape(-1)
+            if name.endswith("norm.weight"):
+                flat[...] = 1
+            else:
+                source = block.astype(flat.dtype)
+                for start in range(0, flat.size, source.size):
+                    flat[start : start + source.size] = np.roll(source, start % 977)[: flat.size - start]
+            model.set_parameter(name, tensor)
+    return model

@@ -1,0 +1,191 @@
+"""The few parts that models are made of. A module is a plain Python object; its attribute paths name its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import ops
+from ops import Spec, Tensor, scope
+
+from ops.progress import tracked
+
+from . import rope
+
+from .errors import CheckpointError
+
+_SLOW_LOAD = 64 * 2**20  # bytes above which loading shows its progress
+
+__limpid_plumbing__ = True  # frames of this file only pass calls on: tools look past them for the model's line
+
+
+class Module:
+    """Base of everything with weights. Assign tensors, modules and lists of modules to attributes; write `forward`.
+
+    A weight that is not loaded yet stands as its `Spec`. Calling the module runs `forward` in the scope of its path.
+    """
+
+    _name = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return scope.run(self, self._name, self.forward, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, list) and any(isinstance(each, Module) for each in value):
+            value = ModuleList(value)
+        if isinstance(value, (Module, ModuleList)):
+            value._name = name
+        object.__setattr__(self, name, value)
+
+    def children(self) -> Iterator[tuple[str, Any]]:
+        """Names and modules right below this one; the members of a list as `layers.0`."""
+        for name, value in vars(self).items():
+            if isinstance(value, ModuleList):
+                yield from ((f"{name}.{i}", each) for i, each in enumerate(value))
+            elif isinstance(value, Module):
+                yield name, value
+
+    def modules(self, path: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, by path."""
+        yield path, self
+        for name, child in self.children():
+            if isinstance(child, Module):
+                yield from child.modules(f"{path}.{name}" if path else name)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor | Spec]]:
+        """Paths and weights, in the order they were declared."""
+        for path, module in self.modules():
+            for name, value in vars(module).items():
+                if isinstance(value, (Tensor, Spec)) and not name.startswith("_"):
+                    yield f"{path}.{name}" if path else name, value
+
+    def set_parameter(self, path: str, value: Tensor | Spec) -> None:
+        """Put a weight in its place by path."""
+        *parents, name = path.split(".")
+        module: Any = self
+        for part in parents:
+            module = list.__getitem__(module, int(part)) if isinstance(module, list) else getattr(module, part)
+        setattr(module, name, value)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.nbytes for _, weight in self.parameters())
+
+    def __repr__(self) -> str:
+        from .tree import text
+
+        return text(self)
+
+
+class ModuleList(list):
+    """A list of modules whose members learn their place when they are taken out to be called."""
+
+    _name = ""
+
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(len(self)):
+            yield self[i]
+
+    def __getitem__(self, index: Any) -> Any:
+        found = list.__getitem__(self, index)
+        if isinstance(found, Module):
+            found._name = f"{self._name}.{index if index >= 0 else index + len(self)}"
+        return found
+
+
+class Linear(Module):
+    """y = x @ weight.T + bias. weight: [outputs, inputs]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, dtype: str = "float32"):
+        self.weight: Any = Spec((outputs, inputs), dtype)
+        self.bias: Any = Spec((outputs,), dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(Module):
+    """Root-mean-square normalisation; weight: [width]."""
+
+    def __init__(self, width: int, eps: float, dtype: str = "float32"):
+        self.weight: Any = Spec((width,), dtype)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+class Embedding(Module):
+    """Rows of weight [vocabulary, width] by token id."""
+
+    def __init__(self, vocabulary: int, width: int, dtype: str = "float32"):
+        self.weight: Any = Spec((vocabulary, width), dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight)
+
+
+class Rotation(NamedTuple):
+    """What rotates queries and keys in one forward: positions int32 [n], frequencies float32 [rotary/2], a factor."""
+
+    positions: Tensor
+    frequencies: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.rope(x, self.positions, self.frequencies, scale=self.scale)
+
+
+class RotaryEmbedding:
+    """Makes the `Rotation` of a forward. Some scalings depend on how many tokens there are in all."""
+
+    def __init__(self, parameters: Rope):
+        self.parameters = parameters
+        self._made: dict[bytes, Tensor] = {}
+
+    def at(self, positions: Tensor, length: int) -> Rotation:
+        """For tokens at `positions`, the last of which makes `length` tokens in all."""
+        values, scale = rope.frequencies(self.parameters, length)
+        frequencies = self._made.get(values.tobytes())
+        if frequencies is None:
+            frequencies = self._made[values.tobytes()] = ops.tensor(np.ascontiguousarray(values))
+        return Rotation(positions, frequencies, float(scale))
+
+
+def load_parameters(
+    module: Module,
+    named: Mapping[str, np.ndarray],
+    base: str = "",
+    ignored: tuple[str, ...] = (),
+    progress: bool = False,
+) -> None:
+    """Give every parameter its array, without copying where the dtype is right.
+
+    `base` is dropped from the checkpoint's names; names that end with one of `ignored` may be left over. Missing,
+    left-over and mis-shaped tensors are one CheckpointError that lists them; then nothing has been changed.
+    """
+    arrays = {name.removeprefix(base): array for name, array in named.items()}
+    wanted = dict(module.parameters())
+    missing = [name for name in wanted if name not in arrays]
+    extra = [name for name in arrays if name not in wanted and not name.endswith(ignored or ("\0",))]
+    wrong = [
+        f"{name} is {list(arrays[name].shape)}, expected {list(spec.shape)}"
+        for name, spec in wanted.items()
+        if name in arrays and tuple(arrays[name].shape) != spec.shape
+    ]
+    problems = [f"missing: {_listed(missing)}"] * bool(missing) + [f"left over: {_listed(extra)}"] * bool(extra)
+    problems += [f"wrong shape: {_listed(wrong)}"] * bool(wrong)
+    if problems:
+        raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}")
+    for name, spec in tracked(wanted.items(), "Loading weights", shown=progress and module.nbytes > _SLOW_LOAD):
+        module.set_parameter(name, ops.tensor(np.ascontiguousarray(arrays[name]), spec.dtype))
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
