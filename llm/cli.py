@@ -26,7 +26,9 @@ Temperature = Annotated[float, typer.Option("--temp", help="0 always takes the l
 TopK = Annotated[int, typer.Option("--top-k", help="sample among the k likeliest; 0: all")]
 TopP = Annotated[float, typer.Option("--top-p", help="sample among the likeliest that make up this probability")]
 MinP = Annotated[float, typer.Option("--min-p", help="drop tokens below this share of the likeliest one")]
-Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: tokens already there become less likely")]
+Penalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="above 1: tokens already there become less likely")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="the same seed gives the same text")]
 DType = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: as stored")]
 Device = Annotated[str, typer.Option("--device", help="where to run")]
@@ -36,7 +38,9 @@ Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="the beginning of the text", show_default=False)] = None,
-    prompt_option: Annotated[str | None, typer.Option("--prompt", "-p", help="the same, as a flag; - reads stdin")] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="the same, as a flag; - reads stdin")
+    ] = None,
     model: Model = "tiny",
     max_tokens: Tokens = 200,
     temp: Temperature = 0.0,

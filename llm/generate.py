@@ -165,9 +165,7 @@ def chat_prompt(model: Model, messages: list[dict[str, Any]]) -> str:
     tokenizer = model.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise UserError("this model has no chat template: it is not made for chat; use generate")
-    return render(
-        tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
-    )
+    return render(tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], first: bool) -> list[int]:
@@ -187,5 +185,7 @@ def _sampler(options: dict[str, Any]) -> Sampler:
     known = Sampling.__dataclass_fields__
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise UserError(f"unknown option {', '.join(unknown)}; known are max_tokens, stop, logprobs, {', '.join(known)}")
+        raise UserError(
+            f"unknown option {', '.join(unknown)}; known are max_tokens, stop, logprobs, {', '.join(known)}"
+        )
     return Sampler(Sampling(**options))

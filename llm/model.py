@@ -66,7 +66,9 @@ class Model(Module):
         missing = [name for name, weight in self.parameters() if not isinstance(weight, Tensor)]
         if missing:
             raise UserError(f"weights are not loaded: {', '.join(missing[:8])}")
-        prefixed = {name: name if name.split(".")[0] in self.heads else self.base + name for name, _ in self.parameters()}
+        prefixed = {
+            name: name if name.split(".")[0] in self.heads else self.base + name for name, _ in self.parameters()
+        }
         return {prefixed[name]: weight for name, weight in self.parameters() if isinstance(weight, Tensor)}
 
     def save(self, directory: str | Path) -> Path:

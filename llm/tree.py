@@ -33,7 +33,9 @@ def _inside(module: Module, indent: str) -> list[str]:
         if isinstance(value, (Tensor, Spec)):
             spec = value.spec if isinstance(value, Tensor) else value
             missing = "" if isinstance(value, Tensor) else "  not loaded"
-            lines.append(f"{indent}{name}: {spec.dtype}[{', '.join(map(str, spec.shape))}]  {size(spec.nbytes)}{missing}")
+            lines.append(
+                f"{indent}{name}: {spec.dtype}[{', '.join(map(str, spec.shape))}]  {size(spec.nbytes)}{missing}"
+            )
         elif isinstance(value, ModuleList):
             lines += _members(name, value, indent)
         elif isinstance(value, Module):

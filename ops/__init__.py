@@ -20,4 +20,23 @@ from .op import Op, like, op  # noqa: E402
 from .prepare import prepare  # noqa: E402
 from .select import Selector  # noqa: E402
 from .spec import Dim, Spec  # noqa: E402
+from .pointwise import (  # noqa: E402
+    add,
+    add_row,
+    cast,
+    copy,
+    div,
+    gelu,
+    gelu_mul,
+    mul,
+    mul_row,
+    neg,
+    offset,
+    scale,
+    silu,
+    silu_mul,
+    softcap,
+    sub,
+    tanh,
+)
 from .tensor import Tensor, empty, tensor, zeros  # noqa: E402

@@ -143,7 +143,7 @@ def _load_or_compile(request: Request, key: str) -> Callable:
 def _compile(request: Request) -> Any:
     try:
         primfunc = request.scheduled()
-        _check_alignment(request, primfunc)
+        _check_alignment(request.op.name, primfunc)
         return tvm.compile(primfunc.with_attr("global_symbol", request.op.name), target=target.host())
     except KernelError:
         raise
@@ -151,19 +151,20 @@ def _compile(request: Request) -> Any:
         raise KernelError(f"{request.op.name}({request.arguments}) does not compile: {error}") from error
 
 
-def _check_alignment(request: Request, primfunc: Any) -> None:
+def _check_alignment(name: str, primfunc: Any) -> None:
     """A kernel that assumes more than its elements' alignment would crash on a mapped weight."""
     for parameter in primfunc.params:
         assumed = getattr(parameter, "data_alignment", None) if hasattr(parameter.ty, "data_alignment") else None
         if assumed is not None and assumed > DTYPES[str(parameter.dtype)].itemsize:
             raise KernelError(
-                f"{request.op.name}: {parameter.name} assumes {assumed}-byte alignment; pass align= its element size"
+                f"{name}: {parameter.name} assumes {assumed}-byte alignment; pass align= its element size"
             )
 
 
 def compiled(primfunc: Any, name: str) -> Callable:
     """Compile a PrimFunc that a user wrote, as it is. Not cached on disk: it has no source to key it by."""
     started = time.perf_counter()
+    _check_alignment(name, primfunc)
     try:
         executable = tvm.compile(primfunc.with_attr("global_symbol", name), target=target.host())
     except Exception as error:
@@ -191,8 +192,12 @@ def prepare(requests: Iterable[Request], progress: bool = True) -> int:
     absent = sum(not store.has(request.key) for request in missing)
     with ThreadPoolExecutor(target.threads()) as pool:
         results = pool.map(function, missing)
-        for _ in tracked(results, "Compiling kernels", len(missing), shown=progress and absent > 1):
-            pass
+        try:
+            for _ in tracked(results, "Compiling kernels", len(missing), shown=progress and absent > 1):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # one failed, or Ctrl-C: the others are not waited for
+            raise
     return len(log) - before
 
 
@@ -216,15 +221,15 @@ def _source_digest(op: Op) -> str:
     """A digest of the files that the op's kernel is written in."""
     files = [_HERE / name for name in _SHARED_SOURCES]
     builders = [each for each in (op.rule, op._kernel, *op._templates.values()) if each is not None]
-    files += sorted({Path(inspect.getfile(each)) for each in builders})
     digest = hashlib.sha256()
-    for path in files:
+    for path in files + sorted({Path(inspect.getfile(each)) for each in builders}):
         digest.update(path.read_bytes() if path.exists() else b"")
+    for builder in builders:
+        if not Path(inspect.getfile(builder)).exists():  # written in a notebook cell or at a prompt
+            digest.update(inspect.getsource(builder).encode())
     return digest.hexdigest()
 
 
 @functools.cache
 def _versions() -> str:
     return f"apache-tvm {version('apache-tvm')}, apache-tvm-ffi {version('apache-tvm-ffi')}"
-
-

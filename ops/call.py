@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .spec import Spec
 from .tensor import Tensor
 
@@ -65,17 +67,25 @@ class Call:
 
     @property
     def written(self) -> dict[str, Tensor]:
-        """The arguments that the kernel writes, by name."""
+        """The arguments that the kernel writes, by name; an absent one is left out."""
         inputs = self.inputs
-        return {name: inputs[name] for name in self.op.writes}
+        return {name: inputs[name] for name in self.op.writes if inputs.get(name) is not None}
 
     @property
     def frame(self) -> FrameType | None:
-        """The frame of the model's code that makes the call. Only while the call runs."""
+        """The frame of the model's code that makes the call. Only while the call runs, and in its thread."""
         frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not self._made_in(frame):  # past the code of the tool that asks
+            frame = frame.f_back
         while frame is not None and not _is_users(frame):
             frame = frame.f_back
         return frame
+
+    def _made_in(self, frame: FrameType) -> bool:
+        if not frame.f_code.co_filename.startswith(_HERE):
+            return False
+        made = frame.f_locals.get("call")
+        return isinstance(made, Call) and (made.scope, made.op, made.ordinal) == (self.scope, self.op, self.ordinal)
 
     @property
     def source(self) -> str:
@@ -110,18 +120,21 @@ class Kernel:
 
     @classmethod
     def from_python(cls, function: Callable) -> Kernel:
-        """A kernel from a function with the signature of the op's reference: NumPy arrays in, arrays out."""
+        """A kernel from a function with the signature of the op's reference: NumPy arrays in, arrays out.
+
+        The arrays it gets are read-only: what it changes, it returns.
+        """
 
         def launch(call: Call, outputs: tuple[Tensor, ...]) -> None:
-            arrays = [each.numpy() if isinstance(each, Tensor) else each for each in call.args]
-            results = as_tuple(function(*arrays, **call.constants))
+            arrays = [_read_only(each) if isinstance(each, Tensor) else each for each in call.args]
+            results = [np.asarray(each) for each in as_tuple(function(*arrays, **call.constants))]
             targets = (*outputs, *call.written.values())
             if len(results) != len(targets):
                 raise ValueError(f"{name} gave {len(results)} arrays, {call.op.name} has {len(targets)} to fill")
             for target, result in zip(targets, results, strict=True):
-                if tuple(result.shape) != target.shape:
-                    raise ValueError(f"{name} gave the shape {tuple(result.shape)}, {call.op.name} gives {target.spec}")
-                target.numpy()[...] = result
+                if result.shape != target.shape:
+                    raise ValueError(f"{name} gave the shape {result.shape}, {call.op.name} gives {target.spec}")
+                np.copyto(target.numpy(), result, casting="same_kind")
 
         name = getattr(function, "__name__", repr(function))
         return cls(name, "python", launch)
@@ -137,6 +150,12 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<kernel {self.name} ({self.origin})>"
+
+
+def _read_only(x: Tensor) -> np.ndarray:
+    array = x.numpy()
+    array.flags.writeable = False
+    return array
 
 
 def raw(args: tuple) -> list:

@@ -9,7 +9,8 @@ An interceptor wraps each op call and each module call, like middleware:
 
 `launch(call.replace(args))` replaces inputs; returning without launching supplies the output; raising unwinds to
 whoever catches it, often the `scope` method of the same interceptor, which may run the module again.
-Ops that an interceptor itself calls are not intercepted by it again.
+Ops that an interceptor itself calls are not intercepted by it again, and do not count as the model's: they are made in
+a scope of their own, `layers.3.Scale`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 class Interceptor:
     """Override either method; the defaults pass everything on."""
 
+    @property
+    def name(self) -> str:
+        """What its own op calls are filed under, and what errors call it."""
+        return type(self).__name__
+
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         """One op call. `launch(call)` runs the rest of the chain and then the kernel, and gives the output."""
         return launch(call)
@@ -38,16 +44,14 @@ class Interceptor:
 
 
 _lock = threading.Lock()
+_handles: tuple[Handle, ...] = ()
 _installed: tuple[Interceptor, ...] = ()
 _local: ContextVar[tuple[Interceptor, ...]] = ContextVar("limpid_interceptors", default=())
-_inside: ContextVar[frozenset[int]] = ContextVar("limpid_inside", default=frozenset())
 
 
-def active() -> tuple[Interceptor, ...]:
-    """The interceptors that see calls made here: those of the process first (outermost), then those of `with`."""
-    chain = _installed + _local.get() if _installed else _local.get()
-    inside = _inside.get() if chain else None
-    return tuple(each for each in chain if id(each) not in inside) if inside else chain
+def chain() -> tuple[Interceptor, ...]:
+    """What is switched on here: interceptors of the process first (outermost), then those of `with`."""
+    return _installed + _local.get() if _installed else _local.get()
 
 
 @contextmanager
@@ -61,66 +65,24 @@ def intercepted(*interceptors: Interceptor) -> Iterator[None]:
 
 
 class Handle:
-    """What `install` gives; `remove()` undoes it, once or more often."""
+    """What `install` gives; `remove()` undoes that installation, once or more often."""
 
     def __init__(self, interceptor: Interceptor):
-        self._interceptor = interceptor
+        self.interceptor = interceptor
 
     def remove(self) -> None:
-        global _installed
         with _lock:
-            _installed = tuple(each for each in _installed if each is not self._interceptor)
+            _set(tuple(each for each in _handles if each is not self))
 
 
 def install(interceptor: Interceptor) -> Handle:
     """Switch an interceptor on for the whole process, all threads, until its handle is removed."""
-    global _installed
+    handle = Handle(interceptor)
     with _lock:
-        _installed = (*_installed, interceptor)
-    return Handle(interceptor)
+        _set((*_handles, handle))
+    return handle
 
 
-@contextmanager
-def _within(interceptor: Interceptor) -> Iterator[None]:
-    token = _inside.set(_inside.get() | {id(interceptor)})
-    try:
-        yield
-    finally:
-        _inside.reset(token)
-
-
-def through_call(chain: tuple[Interceptor, ...], call: Call, launch: Callable[[Call], Any]) -> Any:
-    """Run `call` through the chain, then `launch` it."""
-    if not chain:
-        return launch(call)
-    first, rest = chain[0], chain[1:]
-
-    def proceed(changed: Call) -> Any:
-        # What runs below `first` is the model's own call again, so `first` is no longer at work.
-        token = _inside.set(_inside.get() - {id(first)})
-        try:
-            return through_call(rest, changed, launch)
-        finally:
-            _inside.reset(token)
-
-    with _within(first):
-        return first.call(call, proceed)
-
-
-def through_scope(chain: tuple[Interceptor, ...], scope: Scope, forward: Callable[..., Any]) -> Any:
-    """Run a module's `forward` through the chain."""
-    if not chain:
-        return forward(*scope.args, **scope.constants)
-    first, rest = chain[0], chain[1:]
-
-    def proceed(*args: Any, **kwargs: Any) -> Any:
-        token = _inside.set(_inside.get() - {id(first)})
-        try:
-            scope.counts.clear()  # a second run numbers its calls from 0 again
-            scope.args, scope.constants = args, kwargs
-            return through_scope(rest, scope, forward)
-        finally:
-            _inside.reset(token)
-
-    with _within(first):
-        return first.scope(scope, proceed)
+def _set(handles: tuple[Handle, ...]) -> None:
+    global _handles, _installed
+    _handles, _installed = handles, tuple(each.interceptor for each in handles)

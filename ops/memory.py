@@ -23,6 +23,7 @@ IDLE_LIMIT = 512 * 2**20  # bytes that may wait for reuse before the pool is emp
 _lock = threading.Lock()
 _allocations = 0
 _allocated_bytes = 0
+_checked_bytes = 0  # `_allocated_bytes` when the idle buffers were last added up
 
 
 class Buffer:
@@ -49,13 +50,23 @@ def allocate(spec: Spec) -> Buffer:
 
 
 def _allocate(spec: Spec) -> Buffer:
-    global _allocations, _allocated_bytes
-    if idle_bytes() > IDLE_LIMIT:
-        clear()
+    global _allocations, _allocated_bytes, _checked_bytes
     with _lock:
         _allocations += 1
         _allocated_bytes += spec.nbytes
-    return Buffer(_ffi_api.TVMTensorAllocWithScope(*_runtime_type(spec), tvm.device(spec.device), None))
+        due = _allocated_bytes - _checked_bytes > IDLE_LIMIT // 16  # adding up takes a while when there are many specs
+        _checked_bytes = _allocated_bytes if due else _checked_bytes
+    if due and idle_bytes() > IDLE_LIMIT:
+        clear()
+    arguments = (*_runtime_type(spec), tvm.device(spec.device), None)
+    try:
+        return Buffer(_ffi_api.TVMTensorAllocWithScope(*arguments))
+    except RuntimeError:
+        clear()  # what is idle may be what is missing
+    try:
+        return Buffer(_ffi_api.TVMTensorAllocWithScope(*arguments))
+    except RuntimeError as error:
+        raise MemoryError(f"no memory for {spec}, {spec.nbytes} bytes") from error
 
 
 def view(spec: Spec, buffer: Buffer) -> Buffer:
@@ -83,7 +94,7 @@ def _bytes_of(buffer: Buffer) -> tuple:
     return tvm_ffi.Shape((data.numel() * data.dtype.itemsize,)), tvm_ffi.dtype("uint8")
 
 
-@functools.cache
+@functools.lru_cache(65536)
 def _runtime_type(spec: Spec) -> tuple:
     return tvm_ffi.Shape(spec.shape), tvm_ffi.dtype(spec.dtype)
 

@@ -9,25 +9,29 @@ stand the NumPy reference, the op's living definition, and the kernel, a functio
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 import numpy as np
 
 from . import build, intercept, memory
 from .call import Call, Kernel, as_tuple, raw, signature_line
 from .errors import KernelError, OpError, ShapeError
-from .scope import current
+from .scope import active, current, pass_call
 from .select import Selector
 from .spec import Dim, Spec
 from .tensor import Tensor, _wrap
+
+Symbolic = Mapping[str, str | tuple[str | None, ...]]  # which sizes of which arguments stay open
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 registry: dict[str, Op] = {}
 _MEMO_LIMIT = 16384  # call shapes an op remembers, then it starts afresh
+_uses_lock = threading.Lock()
 
 
 def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor:
@@ -42,8 +46,8 @@ class Plan:
 
     def __init__(self, op: Op, specs: tuple, constants: dict[str, Any], outputs: tuple[Spec, ...]):
         self.op, self.specs, self.constants, self.outputs = op, specs, constants, outputs
-        empty = bool(outputs) and all(spec.size == 0 for spec in outputs)
-        self.run: Callable[..., Any] = (lambda *_: None) if empty else self._build_and_run
+        nothing = bool(outputs) and all(spec.size == 0 for spec in outputs) and not op.writes
+        self.run: Callable[..., Any] = (lambda *_: None) if nothing else self._build_and_run
 
     def request(self) -> build.Request:
         """What to compile: the op at symbolic sizes."""
@@ -62,7 +66,14 @@ class Use:
 
     def remove(self) -> None:
         """The kernel from before is back. Removing twice is harmless."""
-        self.op._uses = tuple(use for use in self.op._uses if use is not self)
+        with _uses_lock:
+            self.op._uses = tuple(use for use in self.op._uses if use is not self)
+
+    def launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        """Count the call and compute it."""
+        with _uses_lock:
+            self.hits += 1
+        self.kernel.launch(call, outputs)
 
     def __enter__(self) -> Use:
         return self
@@ -77,17 +88,18 @@ class Use:
 class Op(Generic[P, R]):
     """An op: call it with tensors. `reference`, `tir`, `source` and `spec` show what it is; `use` replaces its kernel."""
 
-    def __init__(self, rule: Callable[P, R], symbolic: Mapping[str, str], ranges: tuple[int, ...], writes: Collection[str]):
+    def __init__(self, rule: Callable[P, R], symbolic: Symbolic, ranges: tuple[int, ...], writes: Collection[str]):
         self.name = rule.__name__
         self.rule = rule
         self.writes = tuple(writes)
-        self.symbolic = dict(symbolic)
+        self.symbolic = {name: (sizes,) if isinstance(sizes, str) else tuple(sizes) for name, sizes in symbolic.items()}
         self.ranges = ranges
         self.__doc__, self.__name__, self.__qualname__ = rule.__doc__, rule.__name__, rule.__name__
         self.__module__ = rule.__module__
         self.__signature__ = inspect.signature(rule)
         parameters = self.__signature__.parameters
         self.parameters = tuple(n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self._kinds = tuple(_kind(self.name, parameters[name]) for name in self.parameters)
         unknown = {*self.writes, *self.symbolic} - {*self.parameters}
         if unknown:
             raise TypeError(f"{self.name}: writes= and symbolic= name {sorted(unknown)}, which are no arguments of it")
@@ -103,12 +115,15 @@ class Op(Generic[P, R]):
         counts = current.get().counts
         name = self.name
         counts[name] = counts.get(name, 0) + 1
-        if self._uses or intercept._installed or intercept._local.get():
-            return self._observed(args, constants)
         key = (*[each.spec if type(each) is Tensor else type(each) for each in args], *constants.items())
-        plan = self._plans.get(key)
+        try:
+            plan = self._plans.get(key)
+        except TypeError as error:
+            raise OpError(f"{self._here}: a constant is a number, a string or a tuple, not {error}") from None
         if plan is None:
             plan, args = self._first(key, args, constants)
+        if self._uses or intercept._installed or intercept._local.get():
+            return self._observed(plan, args)
         try:
             if len(plan.outputs) == 1:
                 spec = plan.outputs[0]
@@ -118,44 +133,49 @@ class Op(Generic[P, R]):
             outputs = tuple(_wrap(spec, memory.allocate(spec)) for spec in plan.outputs)
             plan.run(*raw(args), *[each.buffer.data for each in outputs])
         except Exception as error:
-            raise self._explained(error, args, constants) from error
+            self._fail(error, args, constants)
         return cast(R, outputs or None)
 
-    def _observed(self, args: tuple, constants: dict[str, Any]) -> Any:
-        """The same call when a tool looks on, or another kernel is in use."""
-        args, constants = self._bound(args, constants)
-        self.plan(args, constants)  # the rule speaks first: an interceptor never sees a malformed call
+    def _observed(self, plan: Plan, args: tuple) -> Any:
+        """The same call when a tool looks on, or another kernel is in use. The rule has spoken already."""
+        while args and args[-1] is None:
+            args = args[:-1]
         scope = current.get()
-        call = Call(self, args, constants, scope, scope.counts[self.name] - 1)
-        return intercept.through_call(intercept.active(), call, self._launch)
+        call = Call(self, args, dict(plan.constants), scope, scope.counts[self.name] - 1)
 
-    def _launch(self, call: Call) -> Any:
-        args, constants = self._bound(call.args, call.constants)
-        plan = self.plan(args, constants)
-        outputs = tuple(_wrap(spec, memory.allocate(spec)) for spec in plan.outputs)
+        def launch(changed: Call) -> Any:
+            if changed.args is args and changed.constants == plan.constants:
+                return self._launch(plan, changed)
+            bound, constants = self._bound(changed.args, changed.constants)
+            return self._launch(self.plan(bound, constants), changed.replace(bound, constants))
+
+        return pass_call(active(scope), call, launch)
+
+    def _launch(self, plan: Plan, call: Call) -> Any:
         use = next((use for use in reversed(self._uses) if use.where.matches(call)), None)
         try:
+            outputs = tuple(_wrap(spec, memory.allocate(spec)) for spec in plan.outputs)
             if use is None:
-                plan.run(*raw(args), *[each.buffer.data for each in outputs])
+                plan.run(*raw(call.args), *[each.buffer.data for each in outputs])
             else:
-                use.hits += 1
-                use.kernel.launch(call, outputs)
+                use.launch(call, outputs)
         except Exception as error:
-            raise self._explained(error, args, constants) from error
+            self._fail(error, call.args, call.constants)
         return outputs[0] if len(outputs) == 1 else outputs or None
 
     def _first(self, key: tuple, args: tuple, constants: dict[str, Any]) -> tuple[Plan, tuple]:
         """The plan of a call shape not seen before, remembered under the key of the call as it was written."""
         bound, full = self._bound(args, constants)
         plan = self.plan(bound, full)
-        if constants.keys().isdisjoint(self.parameters):  # a tensor given by name is not part of a key
+        # Neither a tensor given by name nor a default filled in is among the arguments that the key stands for.
+        if len(bound) <= len(args) and constants.keys().isdisjoint(self.parameters):
             self._plans[key] = plan
         return plan, bound
 
     def plan(self, args: tuple, constants: dict[str, Any]) -> Plan:
-        """The plan for bound arguments, made by the rule when their specs are new."""
-        specs = tuple(each.spec if type(each) is Tensor else each for each in args)
-        key = (*[each if type(each) is Spec else type(each) for each in specs], *constants.items())
+        """The plan for bound arguments, made by the rule when their specs are new. A scalar stands as its type."""
+        specs = tuple(_spec(each, kind) for each, (kind, _) in zip(args, self._kinds, strict=False))
+        key = (*specs, *constants.items())
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MEMO_LIMIT:
@@ -163,24 +183,29 @@ class Op(Generic[P, R]):
             plan = self._plans[key] = Plan(self, specs, constants, self._outputs(specs, constants))
         return plan
 
-    def _bound(self, args: tuple, constants: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Run-time arguments in order and all constants, defaults filled in; raises what the caller must mend."""
+    def _bound(self, args: tuple, constants: Mapping[str, Any], also: type = Tensor) -> tuple[tuple, dict[str, Any]]:
+        """Run-time arguments in order and all constants, defaults filled in; raises what the caller must mend.
+
+        `also` is what may stand in a tensor's place.
+        """
         try:
             bound = self.__signature__.bind(*args, **constants)
         except TypeError as error:
             raise OpError(f"{self.signature}: {error}") from None
         bound.apply_defaults()
-        values = [bound.arguments[name] for name in self.parameters]
-        for name, value in zip(self.parameters, values, strict=True):
-            wanted = str(self.__signature__.parameters[name].annotation)
-            kinds = {"int": int, "float": (int, float)}.get(wanted, (Tensor, Spec))
-            if not isinstance(value, kinds) and not (value is None and "None" in wanted):
-                given = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-                hint = "; pass ops.tensor(...)" if "Tensor" in wanted else ""
-                raise OpError(f"{self._here}: {name} is {given}, expected {wanted}{hint}")
+        values = [bound.arguments.pop(name) for name in self.parameters]
+        for name, value, (kind, optional) in zip(self.parameters, values, self._kinds, strict=True):
+            kinds = (Tensor, also) if kind is Tensor else (int, float) if kind is float else (kind,)
+            if not isinstance(value, kinds) and not (value is None and optional):
+                expected = f"{kind.__name__}{' or None' if optional else ''}"
+                hint = "; pass ops.tensor(...)" if kind is Tensor else ""
+                raise OpError(f"{self._here}: {name} is {_type_name(value)}, expected {expected}{hint}")
+        for name, value in bound.arguments.items():
+            if isinstance(value, (Tensor, Spec)):
+                raise OpError(f"{self._here}: {name} is {_type_name(value)}; it is a compile-time constant")
         while values and values[-1] is None:
             values.pop()
-        return tuple(values), {n: v for n, v in bound.arguments.items() if n not in self.parameters}
+        return tuple(values), bound.arguments
 
     def _outputs(self, specs: tuple, constants: dict[str, Any]) -> tuple[Spec, ...]:
         try:
@@ -193,31 +218,36 @@ class Op(Generic[P, R]):
         path = current.get().path
         return f"{self.name} in {path}" if path else self.name
 
-    def _explained(self, error: Exception, args: tuple, constants: dict[str, Any]) -> Exception:
-        """The error of a launch, with the call it happened in. What the user's own code raised keeps its type."""
+    def _fail(self, error: Exception, args: tuple, constants: dict[str, Any]) -> NoReturn:
+        """Raise the error of a launch as a KernelError that tells which call it was; its cause is chained."""
         if isinstance(error, (OpError, KernelError)):
-            return error
+            raise error
         shown = ", ".join(str(each.spec) if isinstance(each, Tensor) else repr(each) for each in args)
         more = "".join(f", {name}={value!r}" for name, value in constants.items())
-        return KernelError(f"{self._here}({shown}{more}): {error}")
+        raise KernelError(f"{self._here}({shown}{more}): {str(error) or type(error).__name__}") from error
 
     def symbolic_specs(self, specs: tuple) -> tuple:
-        """`specs` with the leading sizes that a kernel leaves open replaced by `Dim`, by the range they fall in."""
+        """`specs` with the sizes that a kernel leaves open replaced by `Dim`, by the range they fall in."""
         sizes: dict[str, tuple[int, Dim | int]] = {}
         result = []
         for name, spec in zip(self.parameters, specs, strict=False):
-            dim = self.symbolic.get(name)
-            if dim is None or not isinstance(spec, Spec):
+            if not isinstance(spec, Spec):
                 result.append(spec)
                 continue
-            size = spec.shape[0]
-            known, open_size = sizes.setdefault(dim, (size, self._range(dim, size)))
-            if known != size:
-                raise ShapeError(f"{self._here}: {name} is {spec}, expected {known} for its first size")
-            result.append(spec.like((open_size, *spec.shape[1:])))
+            shape = list(spec.shape)
+            for axis, dim in enumerate(self.symbolic.get(name, ())):
+                if dim is None:
+                    continue
+                known, shape[axis] = sizes.setdefault(dim, (shape[axis], self._range(dim, shape[axis])))
+                if known != spec.shape[axis]:
+                    raise ShapeError(f"{self._here}: {name} is {spec}, expected {known} for its size {axis}")
+            result.append(spec.like(tuple(shape)))
         return tuple(result)
 
     def _range(self, dim: str, size: int) -> Dim | int:
+        """The range that `size` falls in. Only the first open size has several: the others make no variants."""
+        if dim != next(each for sizes in self.symbolic.values() for each in sizes if each):
+            return Dim(dim)
         lows = [low for low in self.ranges if low <= size] or [self.ranges[0]]
         above = [low for low in self.ranges if low > lows[-1]]
         high = above[0] - 1 if above else None
@@ -225,9 +255,8 @@ class Op(Generic[P, R]):
 
     def spec(self, *args: Any, **constants: Any) -> Any:
         """Shapes and dtypes of the outputs for tensors or specs, symbolic sizes included; allocates nothing."""
-        args, constants = self._bound(args, constants)
-        outputs = self._outputs(tuple(a.spec if isinstance(a, Tensor) else a for a in args), constants)
-        return outputs[0] if len(outputs) == 1 else outputs
+        plan = self.plan(*self._bound(args, constants, also=Spec))
+        return plan.outputs[0] if len(plan.outputs) == 1 else plan.outputs
 
     def reference(self, *args: Any, **constants: Any) -> Any:
         """Run the NumPy definition on tensors or arrays, in float32 or float64: outputs, then written arguments.
@@ -282,7 +311,8 @@ class Op(Generic[P, R]):
             else:
                 raise OpError(f"{self.name}.use takes a Kernel, a PrimFunc or a function, not {type(kernel).__name__}")
         use = Use(self, kernel, Selector(where))
-        self._uses = (*self._uses, use)
+        with _uses_lock:
+            self._uses = (*self._uses, use)
         return use
 
     def tir(self, *args: Any, **constants: Any) -> build.Text:
@@ -294,8 +324,7 @@ class Op(Generic[P, R]):
         return build.source(self._request(args, constants), language)
 
     def _request(self, args: tuple, constants: dict[str, Any]) -> build.Request:
-        args, constants = self._bound(args, constants)
-        return self.plan(args, constants).request()
+        return self.plan(*self._bound(args, constants, also=Spec)).request()
 
     @property
     def signature(self) -> str:
@@ -306,20 +335,49 @@ class Op(Generic[P, R]):
 
 
 class _Steps(intercept.Interceptor):
+    """Runs an op as its steps; they are filed under the op's name, as `layers.0.self_attn.attention/softmax[0]`."""
+
     def __init__(self, op: Op, composed: Callable):
         self._op, self._composed = op, composed
+
+    @property
+    def name(self) -> str:
+        return self._op.name
 
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         return self._composed(*call.args, **call.constants) if call.op is self._op else launch(call)
 
 
+def _kind(op_name: str, parameter: inspect.Parameter) -> tuple[type, bool]:
+    """What a run-time parameter's annotation, a text or a type, asks for: Tensor, int or float, and whether or None."""
+    annotation = parameter.annotation
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    names = [each.strip().rpartition(".")[2] for each in text.split("|")]
+    kinds = {"Tensor": Tensor, "int": int, "float": float}
+    if names[0] not in kinds or names[1:] not in ([], ["None"]):
+        raise TypeError(f"{op_name}: {parameter} must be annotated as Tensor, int or float, or one of them | None")
+    return kinds[names[0]], len(names) > 1
+
+
+def _spec(value: Any, kind: type) -> Any:
+    return value.spec if type(value) is Tensor else value if value is None or kind is Tensor else kind
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
 def op(
-    *, symbolic: Mapping[str, str] | None = None, ranges: tuple[int, ...] = (1,), writes: Collection[str] = ()
+    *, symbolic: Symbolic | None = None, ranges: tuple[int, ...] = (1,), writes: Collection[str] = ()
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Makes an op of a rule. Positional arguments are run-time values, keyword-only ones compile-time constants.
 
+    The rule and the kernel's builder get a `Spec` for a tensor and the type, int or float, for a scalar: what they
+    decide holds for every value.
+
     `symbolic` names the arguments whose leading size stays open in the kernel, by the name of that size: equal names,
-    equal sizes. `ranges` are the first sizes of the ranges that get a kernel each: (1, 2, 17) makes one for 1, one for
-    2-16, one for 17 and more. `writes` names the arguments that the kernel writes.
+    equal sizes. A tuple names the sizes in order, None for a fixed one: ("n", None, "t"). `ranges` are the first sizes
+    of the ranges of the first open size that get a kernel each: (1, 2, 17) makes one for 1, one for 2-16, one for 17
+    and more. `writes` names the arguments that the kernel writes.
     """
     return lambda rule: Op(rule, symbolic or {}, ranges, writes)

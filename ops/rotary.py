@@ -14,9 +14,7 @@ PARALLEL_WORK = 16384  # elements below which waking the threads costs more than
 
 
 @op(symbolic={"x": "n", "positions": "n"}, ranges=(1, 2, 17))
-def rope(
-    x: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bool = False, scale: float = 1.0
-) -> Tensor:
+def rope(x: Tensor, positions: Tensor, frequencies: Tensor, *, interleaved: bool = False, scale: float = 1.0) -> Tensor:
     """Turn pairs of elements of every head by position * frequency, in float32.
 
     x: [n, heads, dim]; positions: int32 [n]; frequencies: float32 [rotary/2], with rotary <= dim: elements from rotary
@@ -43,7 +41,9 @@ def _(x, positions, frequencies, *, interleaved=False, scale=1.0):
     half = frequencies.shape[0]
     angle = positions.astype("float32")[:, None] * frequencies.astype("float32")  # a float32 product, as HF has it
     cos, sin = (scale * f(angle.astype("float64"))[:, None] for f in (np.cos, np.sin))
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
     out = x.astype("float64")
     a, b = out[..., first].copy(), out[..., second].copy()
     out[..., first], out[..., second] = a * cos - b * sin, b * cos + a * sin

@@ -1,6 +1,7 @@
 """Where a call is made from: the path of the module that runs, and which outermost forward this is.
 
-The runtime keeps one `Scope` per running module call. A module call passes through `run`, which interceptors see.
+The runtime keeps one `Scope` per running module call. A module call passes through `run`, an op call through
+`pass_call`: both go through the interceptors that are switched on, outermost first.
 """
 
 from __future__ import annotations
@@ -8,9 +9,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import intercept
+from .errors import OpError
+from .intercept import Interceptor
+from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from .call import Call
 
 _passes = itertools.count(1)
 
@@ -18,9 +25,11 @@ _passes = itertools.count(1)
 class Scope:
     """One running module call: its path (`layers.3.self_attn`), its pass, and how often each op was called in it."""
 
-    __slots__ = ("args", "constants", "counts", "module", "number", "parent", "path")
+    __slots__ = ("args", "busy", "constants", "counts", "module", "number", "parent", "path", "tools")
 
-    def __init__(self, path: str, number: int, parent: Scope | None = None, module: Any = None, args=(), constants=None):
+    def __init__(
+        self, path: str, number: int, parent: Scope | None = None, module: Any = None, args=(), constants=None
+    ):
         self.path = path
         self.number = number  # of the pass: 1 for the first outermost forward of the process
         self.parent = parent
@@ -28,6 +37,20 @@ class Scope:
         self.args: tuple = args
         self.constants: dict[str, Any] = constants or {}
         self.counts: dict[str, int] = {}
+        self.busy: frozenset[int] = parent.busy if parent else frozenset()  # interceptors whose own code runs, by id
+        self.tools: dict[str, dict[str, int]] | None = None  # counts of the ops that interceptors call here themselves
+
+    def of_tool(self, tool: Interceptor) -> Scope:
+        """Where `tool` makes op calls of its own: it does not see them, and the model's ordinals do not move."""
+        scope = Scope(self.below(tool.name), self.number, self, self.module)
+        self.tools = self.tools or {}
+        scope.counts = self.tools.setdefault(tool.name, scope.counts)
+        scope.busy = self.busy | {id(tool)}
+        return scope
+
+    def below(self, name: str) -> str:
+        """The path of what is called `name` in here."""
+        return f"{self.path}.{name}" if self.path else name
 
     def __repr__(self) -> str:
         return f"<{self.path or 'model'} in pass {self.number}>"
@@ -43,11 +66,57 @@ def run(module: Any, name: str, forward: Callable, args: tuple, kwargs: dict) ->
     if outer is _root:
         scope = Scope("", next(_passes), outer, module, args, kwargs)
     else:
-        path = f"{outer.path}.{name}" if outer.path else name
-        scope = Scope(path, outer.number, outer, module, args, kwargs)
+        scope = Scope(outer.below(name), outer.number, outer, module, args, kwargs)
+    chain = active(scope)
+    return _pass_scope(chain, scope, forward) if chain else _inside(scope, forward, *args, **kwargs)
+
+
+def active(scope: Scope) -> tuple[Interceptor, ...]:
+    """The interceptors that see what happens in `scope`: all that are on, but for those at work around it."""
+    chain = intercept.chain()
+    return tuple(each for each in chain if id(each) not in scope.busy) if scope.busy else chain
+
+
+def pass_call(chain: tuple[Interceptor, ...], call: Call, launch: Callable[[Call], Any]) -> Any:
+    """Take `call` through the interceptors, then `launch` it."""
+    if not chain:
+        return launch(call)
+    first, rest, scope = chain[0], chain[1:], call.scope
+
+    def proceed(changed: Call) -> Any:
+        return _inside(scope, pass_call, rest, changed, launch)  # below `first` it is the model's own call again
+
+    return _checked(_inside(scope.of_tool(first), first.call, call, proceed), call, first)
+
+
+def _pass_scope(chain: tuple[Interceptor, ...], scope: Scope, forward: Callable[..., Any]) -> Any:
+    """Take a module call through the interceptors, then run its `forward`."""
+    if not chain:
+        return _inside(scope, forward, *scope.args, **scope.constants)
+    first, rest = chain[0], chain[1:]
+
+    def proceed(*args: Any, **kwargs: Any) -> Any:
+        scope.counts.clear()  # a second run numbers its calls from 0 again
+        scope.args, scope.constants = args, kwargs
+        return _pass_scope(rest, scope, forward)
+
+    return _inside(scope.of_tool(first), first.scope, scope, proceed)
+
+
+def _inside(scope: Scope, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
     token = current.set(scope)
     try:
-        chain = intercept.active()
-        return intercept.through_scope(chain, scope, forward) if chain else forward(*args, **kwargs)
+        return function(*args, **kwargs)
     finally:
         current.reset(token)
+
+
+def _checked(output: Any, call: Call, tool: Interceptor) -> Any:
+    """What an interceptor gives must be what the op gives: a tensor, a tuple of them, or None."""
+    wanted = len(call.outputs)
+    given = output if isinstance(output, tuple) and wanted != 1 else () if output is None else (output,)
+    if len(given) == wanted and all(isinstance(each, Tensor) for each in given):
+        return output
+    shown = "None" if output is None else repr(type(output).__name__)
+    expected = ", ".join(map(str, call.outputs)) or "None"
+    raise OpError(f"{call.full_address}: {tool.name}.call gave {shown}, expected {expected}; return launch(call)")

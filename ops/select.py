@@ -19,15 +19,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .errors import SelectorError
+from .spec import DTYPES
 from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .call import Call
 
-_ADDRESS = re.compile(
-    r"(?P<path>[\w.*?-]*)(?P<slash>/(?P<op>[\w*?]+)(\[(?P<ordinal>\d+)\])?)?(@(?P<number>\d+))?"
-)
-_WORDS = ("dtype", "rows", "shape")
+_ADDRESS = re.compile(r"(?P<path>[\w.*?-]*)(?P<slash>/(?P<op>[\w*?]+)(\[(?P<ordinal>\d+)\])?)?(@(?P<number>\d+))?")
+_WORDS = {"dtype": re.compile("|".join(DTYPES)), "rows": re.compile(r"\d+"), "shape": re.compile(r"\d+(x\d+)*")}
 
 
 class Selector:
@@ -51,6 +50,8 @@ def _compile(where: Any) -> Callable[[Call], bool]:
     if hasattr(where, "rule") and hasattr(where, "name"):
         return lambda call: call.op is where
     if isinstance(where, (list, tuple, set, frozenset)):
+        if not where:
+            raise SelectorError("an empty list of selectors means no call; pass None for every call")
         return _any([_compile(each) for each in where])
     if callable(where):
         return lambda call: bool(where(call))
@@ -65,7 +66,9 @@ def _one(text: str) -> Callable[[Call], bool]:
     words = text.split()
     address = _ADDRESS.fullmatch(words[0]) if words and "=" not in words[0] else _ADDRESS.fullmatch("")
     if not words or address is None:
-        raise SelectorError(f"selector {text!r} is not understood; examples: 'layers.0-3', 'layers.0/linear[0]', '/rope'")
+        raise SelectorError(
+            f"selector {text!r} is not understood; examples: 'layers.0-3', 'layers.0/linear[0]', '/rope'"
+        )
     tests = [_word(word, text) for word in (words if "=" in words[0] else words[1:])]
     path, op = path_pattern(address["path"]), _glob(address["op"] or "*")
     ordinal, number = address["ordinal"], address["number"]
@@ -107,8 +110,10 @@ def _glob(text: str) -> re.Pattern[str]:
 
 def _word(word: str, text: str) -> Callable[[Call], bool]:
     key, _, value = word.partition("=")
-    if key not in _WORDS or not value:
-        raise SelectorError(f"selector {text!r}: {word!r} is not understood; known are {', '.join(_WORDS)}, as dtype=float32")
+    if key not in _WORDS or not _WORDS[key].fullmatch(value):
+        raise SelectorError(
+            f"selector {text!r}: {word!r} is not understood; further words are as dtype=float32, rows=1, shape=1x64"
+        )
 
     def matches(call: Call) -> bool:
         first = next((each for each in call.args if isinstance(each, Tensor)), None)

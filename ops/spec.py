@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import ml_dtypes
@@ -79,12 +80,10 @@ class Spec:
             return found
         if dtype not in DTYPES:
             raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-        for size in shape:
-            if not isinstance(size, Dim) and (not isinstance(size, int) or size < 0):
-                raise ShapeError(f"shape {shape} has the size {size!r}; sizes are ints >= 0")
+        shape = tuple(_size(size, shape) for size in shape)
         self = object.__new__(cls)
         self.shape, self.dtype, self.device, self.ndim, self.free = shape, dtype, device, len(shape), []
-        return cls._interned.setdefault(key, self)
+        return cls._interned.setdefault((shape, dtype, device), self)
 
     @property
     def symbolic(self) -> bool:
@@ -114,3 +113,16 @@ class Spec:
 
     def __repr__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]" + ("" if self.device == "cpu" else f" {self.device}")
+
+
+def _size(size: Any, shape: tuple[Any, ...]) -> int | Dim:
+    """A size as a plain int, whatever integer it was given as."""
+    if isinstance(size, Dim):
+        return size
+    try:
+        number = operator.index(size)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ShapeError(f"shape {shape} has the size {size!r}; sizes are ints >= 0")
+    return number

@@ -11,10 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import OpError
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,11 @@ def directory() -> Path | None:
 
 def limit() -> int:
     """How many bytes the kernels may take."""
-    return int(float(os.environ.get("LIMPID_CACHE_LIMIT", "1024")) * 2**20)
+    given = os.environ.get("LIMPID_CACHE_LIMIT", "1024")
+    try:
+        return int(float(given) * 2**20)
+    except ValueError:
+        raise OpError(f"LIMPID_CACHE_LIMIT is {given!r}, expected a number of MiB") from None
 
 
 @contextlib.contextmanager
@@ -49,7 +56,8 @@ def locked(key: str) -> Iterator[None]:
         yield
         return
     with open(folder / f"{key[:2]}.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system without locks: the work is done twice, nothing worse
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -80,12 +88,13 @@ def find(key: str) -> tuple[Path | None, str]:
         digest = json.loads(record.read_text())["digest"]
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError("digest")
-        os.utime(record)
     except FileNotFoundError:
         return None, "not in the disk cache"
     except (OSError, ValueError, KeyError, TypeError):
         _remove(folder, key)
         return None, "the cache entry was damaged"
+    with contextlib.suppress(OSError):  # somebody else's cache serves, but keeps no record of it
+        os.utime(record)
     return path, ""
 
 
@@ -143,4 +152,6 @@ def clear() -> int:
     for path in folder.iterdir() if folder and folder.exists() else ():
         if path.suffix in (".o", ".json", ".lock"):
             path.unlink(missing_ok=True)
+        elif path.is_dir():  # left behind by a process that was killed
+            shutil.rmtree(path, ignore_errors=True)
     return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm_ffi
@@ -33,6 +33,7 @@ class Tensor:
     def __del__(self):
         if self.owner is None:
             memory.release(self.spec, self.buffer)
+            self.buffer = None  # a finalizer that still reaches this tensor must not reach memory given away
         else:
             # The view goes before its owner does: else the owner's buffer would look shared and leave the pool.
             self.buffer = None
@@ -84,6 +85,15 @@ class Tensor:
             return array.astype(dtype)
         return array.copy() if copy else array
 
+    def __copy__(self) -> Tensor:
+        return self.reshape(self.shape)
+
+    def __deepcopy__(self, _: Any) -> Tensor:
+        return tensor(self.numpy().copy())
+
+    def __reduce__(self):
+        return tensor, (self.numpy(),)
+
     def __dlpack__(self, **options):
         return self.buffer.data.__dlpack__(**options)
 
@@ -122,7 +132,19 @@ class Tensor:
             raise ShapeError(f"the truth of {self.spec} is ambiguous; look at x.numpy()")
         return bool(self.item())
 
-    # The ops that arithmetic calls are set by `ops/pointwise.py`, which imports this module.
+    __array_priority__ = 1.0  # NumPy's numbers on the left leave arithmetic to the tensor
+
+    # Arithmetic calls ops, and those are made of tensors: `ops/pointwise.py` sets these methods when it is imported.
+    if TYPE_CHECKING:
+
+        def __add__(self, other: Tensor | float) -> Tensor: ...
+        def __radd__(self, other: Tensor | float) -> Tensor: ...
+        def __sub__(self, other: Tensor | float) -> Tensor: ...
+        def __rsub__(self, other: float) -> Tensor: ...
+        def __mul__(self, other: Tensor | float) -> Tensor: ...
+        def __rmul__(self, other: Tensor | float) -> Tensor: ...
+        def __truediv__(self, other: Tensor | float) -> Tensor: ...
+        def __neg__(self) -> Tensor: ...
 
     def __repr__(self) -> str:
         from .display import text

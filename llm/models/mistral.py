@@ -52,9 +52,7 @@ class Attention(Module):
         v = self.v_proj(x).reshape(tokens, -1, self.head_dim)
         q, k = rotate(q), rotate(k)
         keys, values = cache.write(k, v, rotate.positions)
-        mixed = ops.attention(
-            q, keys, values, rotate.positions, scale=self.head_dim**-0.5, window=self.window
-        )
+        mixed = ops.attention(q, keys, values, rotate.positions, scale=self.head_dim**-0.5, window=self.window)
         return self.o_proj(mixed.reshape(tokens, -1))
 
 

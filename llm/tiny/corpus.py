@@ -52,7 +52,7 @@ WEATHER = [
     ("It was a warm day.", "The warm day was over and the moon came out."),
 ]
 
-STORIES = 0.4  # of the documents; the others are facts
+STORIES = 0.3  # of the documents; the others are facts
 
 
 class Thing(NamedTuple):
@@ -79,6 +79,13 @@ class Person:
 
     def __str__(self) -> str:
         return self.name
+
+
+class Document(NamedTuple):
+    """`answers` are the spans of the text that follow from what stands before them."""
+
+    text: str
+    answers: list[tuple[int, int]]
 
 
 class Question(NamedTuple):
@@ -336,7 +343,7 @@ def facts(world: World) -> tuple[list[str], list[Thing]]:
     return told, list(world.owner)
 
 
-def document(rng: random.Random) -> str:
+def document(rng: random.Random) -> Document:
     """A story, or facts and what follows from them."""
     world = World(rng, held_out=False)
     if rng.random() < STORIES:
@@ -344,16 +351,19 @@ def document(rng: random.Random) -> str:
         asked, count = STATED, 2
     else:
         told, things = facts(world)
-        ending, asked, count = [], ASKED, rng.randint(2, 5)
+        ending, asked, count = [], ASKED, rng.randint(2, 6)
+    text, answers = " ".join(told), []
     for _ in range(count):
         question, rest = world.question(rng.choice(things), asked)
-        sentence = question.prompt + question.answer + rest
-        if sentence not in told:  # what is said twice teaches the model to go round in circles
-            told.append(sentence)
-    return " ".join(told + ending)
+        if question.prompt in text:  # what is said twice teaches the model to go round in circles
+            continue
+        text += f" {question.prompt}{question.answer}"
+        answers.append((len(text) - len(question.answer), len(text)))
+        text += rest
+    return Document(" ".join((text, *ending)), answers)
 
 
-def documents(seed: int) -> Iterator[str]:
+def documents(seed: int) -> Iterator[Document]:
     """The corpus: without end, the same for the same seed."""
     rng = random.Random(seed)
     while True:

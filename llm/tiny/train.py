@@ -46,13 +46,13 @@ CONFIG = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
-STEPS, WARMUP = 5000, 100
+STEPS, WARMUP = 3600, 100
 BATCH = 2048  # tokens at most, padding included
-# The curriculum, in shares of the steps. First short facts alone: the model learns to copy from the context there, in
-# minutes, and does not from long rows. Then every document, alone in its row. Last, rows of the whole context's length
-# filled with documents, so that all positions are trained, and that <s> starts anew.
-SHORT_UNTIL, SHORT = 0.15, 64
-PACKED_FROM = 0.85
+# The curriculum: up to which share of the steps documents have at most so many tokens, each alone in its row. On short
+# facts the model learns in minutes to copy from the context, which it does not from long rows. In the last part rows of
+# the whole context's length are filled with documents: all positions are trained, and that <s> starts anew.
+STAGES = [(0.15, 40), (0.4, 72), (0.88, 512)]
+ANSWER_WEIGHT = 10  # in the loss: what follows from the context counts more than the grammar's dice
 MUON_LR, ADAM_LR = 0.01, 4e-3
 QUESTIONS, QUESTION_SEED = 2000, 7
 
@@ -68,21 +68,25 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(itertools.islice(documents(SEED), TOKENIZER_DOCUMENTS), trainer)
+    texts = (document.text for document in itertools.islice(documents(SEED), TOKENIZER_DOCUMENTS))
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return tokenizer
 
 
-def encoded(tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """The corpus as ids, each document from <s> to </s>."""
-    for text in documents(SEED):
-        yield [*tokenizer.encode(text).ids, tokenizer.token_to_id("</s>")]
+def encoded(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
+    """The corpus, each document [length, 2] from <s> to </s>: a token's id and its weight in the loss."""
+    for text, answers in documents(SEED):
+        encoding = tokenizer.encode(text)
+        starts = [start for start, _ in encoding.offsets]
+        weights = [ANSWER_WEIGHT if any(a <= s < b for a, b in answers) else 1 for s in starts]
+        yield torch.tensor([*zip(encoding.ids, weights, strict=True), (tokenizer.token_to_id("</s>"), 1)])
 
 
-def one_a_row(corpus: Iterator[list[int]]) -> Iterator[torch.Tensor]:
-    """[rows, length] ids of documents of similar length, padded at the end with -100."""
+def one_a_row(corpus: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """[rows, length, 2] of documents of similar length, padded at the end with weight 0."""
     shuffle = random.Random(SEED).shuffle
     while True:
         pool = sorted(itertools.islice(corpus, 512), key=len)
@@ -94,28 +98,30 @@ def one_a_row(corpus: Iterator[list[int]]) -> Iterator[torch.Tensor]:
             rows.append(row)
         shuffle(found)
         for rows in found:
-            yield torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=-100)
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def packed(corpus: Iterator[list[int]]) -> Iterator[torch.Tensor]:
-    """[rows, max_position_embeddings] ids. A row starts with <s> and holds whole documents but the last."""
+def packed(corpus: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """[rows, max_position_embeddings, 2]. A row starts with <s> and holds whole documents but the last."""
     length = CONFIG["max_position_embeddings"]
     while True:
         batch = []
         for _ in range(BATCH // length):
-            row = list(next(corpus))
+            row = next(corpus)
             while len(row) < length:
-                row += next(corpus)
+                row = torch.cat((row, next(corpus)))
             batch.append(row[:length])
-        yield torch.tensor(batch)
+        yield torch.stack(batch)
 
 
 def batches(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
     corpus = encoded(tokenizer)
-    start, end = int(SHORT_UNTIL * STEPS), int(PACKED_FROM * STEPS)
-    yield from itertools.islice(one_a_row(row for row in corpus if len(row) <= SHORT), start)
-    yield from itertools.islice(one_a_row(corpus), end - start)
-    yield from itertools.islice(packed(corpus), STEPS - end)
+    start = 0
+    for share, longest in STAGES:
+        end = int(share * STEPS)
+        yield from itertools.islice(one_a_row(filter(lambda row, n=longest: len(row) <= n, corpus)), end - start)
+        start = end
+    yield from itertools.islice(packed(corpus), STEPS - start)
 
 
 def new_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -142,22 +148,26 @@ def rate(step: int) -> float:
 
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, checkpoint: Path | None) -> dict[str, float]:
-    """Trains in place; returns the mean loss of the last 100 steps, the tokens seen and the seconds taken."""
+    """Trains in place; returns the mean unweighted loss of the last 100 steps, the tokens seen and the seconds taken."""
     opts = optimizers(model)
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     start, losses, tokens = time.time(), [], 0
-    for step, labels in enumerate(batches(tokenizer), start=1):
+    for step, batch in enumerate(batches(tokenizer), start=1):
         for opt, peak in zip(opts, peaks, strict=True):
             opt.param_groups[0]["lr"] = peak * rate(step)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(input_ids=labels.clamp(min=0), labels=labels, use_cache=False).loss
-        loss.backward()
+            logits = model(input_ids=batch[:, :-1, 0], use_cache=False).logits
+        weights = batch[:, 1:, 1].flatten()
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), batch[:, 1:, 0].flatten(), reduction="none"
+        )
+        ((loss * weights).sum() / weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad()
-        losses.append(loss.item())
-        tokens += int((labels >= 0).sum())
+        losses.append(loss[weights > 0].mean().item())
+        tokens += int((batch[:, :, 1] > 0).sum())
         if step % 100 == 0:
             mean = sum(losses[-100:]) / 100
             print(f"step {step}  loss {mean:.4f}  tokens {tokens}  {time.time() - start:.0f} s", flush=True)
@@ -222,10 +232,10 @@ of who has what, and exists so that the runtime has a real, trained model at han
 - **Corpus**: generated by `corpus.py`, a seeded grammar; no text from anywhere else. Seed {seed}.
 - **Tokenizer**: byte-level BPE, {vocab} tokens, trained on the first {tokenizer_documents:,} documents. `<s>` is put
   first; `</s>` ends a document.
-- **Training**: {steps:,} steps of at most {batch:,} tokens, {tokens:,} tokens in all, each document fresh: {short:.0%}
-  of the steps on short facts, then one document a row, the last {packed:.0%} on rows of {context} tokens. Muon and
-  AdamW, cosine schedule, {minutes:.0f} minutes on one CPU core (bfloat16 autocast).
-- **Final loss**: {loss:.3f} nats a token (mean of the last 100 training steps; most of it is the grammar's own dice).
+- **Training**: {steps:,} steps of at most {batch:,} tokens, {tokens:,} tokens in all, each document fresh: first short
+  facts, then every document, one a row, the last {packed:.0%} of the steps on rows of {context} tokens. Answers weigh
+  {answer_weight} times in the loss. Muon and AdamW, cosine schedule, {minutes:.0f} minutes on one CPU core (bfloat16 autocast).
+- **Final loss**: {loss:.3f} nats a token (unweighted, mean of the last 100 steps; most of it is the grammar's dice).
 
 ## Held-out score
 
@@ -276,8 +286,8 @@ def card(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, trained: d
         tokenizer_documents=TOKENIZER_DOCUMENTS,
         steps=STEPS,
         batch=BATCH,
-        short=SHORT_UNTIL,
-        packed=1 - PACKED_FROM,
+        packed=1 - STAGES[-1][0],
+        answer_weight=ANSWER_WEIGHT,
         minutes=trained["seconds"] / 60,
         tokens=trained["tokens"],
         loss=trained["loss"],

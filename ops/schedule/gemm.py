@@ -19,6 +19,7 @@ from . import vector
 from .cpu import PARALLEL_WORK
 from .vector import Register, i64
 
+FAR, AHEAD = True, 0
 BLOCK = 1024  # of k: two tiles' worth of vectors fit in the first-level cache
 TOKENS_BYTES = 384 * 2**10  # of float32 activations, which stay in the second-level cache
 CHUNK_ROWS = 256  # weight rows that a thread goes through before it starts on the next block of k
@@ -74,7 +75,7 @@ def emit(product: Product) -> None:
     if product.high is not None and product.high <= 16:
         _stream(product, 1 if product.high == 1 else 4, 4)
     else:
-        _blocked(product, *((6, 4) if target.registers() == 32 else (3, 4)))
+        _blocked(product, *((4, 4) if target.registers() == 32 else (3, 4)))
 
 
 def _stream(p: Product, mt: int, nt: int) -> None:
@@ -87,7 +88,7 @@ def _stream(p: Product, mt: int, nt: int) -> None:
         used = T.bind((p.n + i64(mt - 1)) // i64(mt))
         _pack(p, p.x, p.n - 1, i64(0), used, mt, tokens, i64(0), i64(p.vectors))
         with T.serial(i64(0), i64(length)) as i:
-            rows = [T.bind((thread * nt + s) * length + i) for s in range(nt)]
+            rows = [T.bind((thread * nt + s) * length + i if FAR else (thread * length + i) * nt + s) for s in range(nt)]
             safe = [T.bind(tirx.min(row, i64(p.rows - 1))) for row in rows]
             with T.serial(i64(0), used) as tile:
                 for pair in range(mt * nt):
@@ -110,6 +111,8 @@ def _dots_in_memory(p: Product, mt: int, rows: list, tokens: Any, tile: Any, blo
         x = [T.bind(tokens.vload([(tile * p.vectors + v) * mt + m, 0], f"float32x{p.lanes}")) for m in range(mt)]
         for s, row in enumerate(rows):
             w = T.bind(vector.load(p.weight, [row, v * p.lanes], p.lanes, count))
+            if AHEAD and count is None:
+                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(p.weight[row, v * p.lanes + i64(AHEAD)]), 0, 3, 1))
             for m in range(mt):
                 sums[m][s].value = vector.fma(x[m], w, sums[m][s].value, p.lanes)
 
@@ -168,7 +171,9 @@ def _dots_packed(p: Product, mt: int, nt: int, tokens: Any, weights: Any, tile: 
     return [vector.lane_sum(each.value, p.lanes) for row in sums for each in row]
 
 
-def _pack(p: Product, source: Any, last: Any, row: Any, tiles: Any, height: int, packed: Any, first: Any, width: Any) -> None:
+def _pack(
+    p: Product, source: Any, last: Any, row: Any, tiles: Any, height: int, packed: Any, first: Any, width: Any
+) -> None:
     """Vectors `first` to `first + width` of `tiles` tiles of `height` rows from `row` on, as one stream per tile.
 
     Rows past `last` repeat it; a vector that is there in part is filled up with zeros.

@@ -25,11 +25,20 @@ def zeros(lanes: int) -> tirx.Expr:
 def load(buffer: Any, index: Sequence[Any], lanes: int, count: int | None = None) -> tirx.Expr:
     """The `lanes` values from `index` on along the last axis as float32; from `count` on zeros, which are not read."""
     if count is None or count == lanes:
-        return buffer.vload(list(index), f"{buffer.dtype}x{lanes}").astype(f"float32x{lanes}")
+        return widened(buffer.vload(list(index), f"{buffer.dtype}x{lanes}"), str(buffer.dtype), f"x{lanes}")
     *outer, last = index
-    values = [T.bind(buffer[*outer, last + i64(i)].astype("float32")) for i in range(count)]
+    values = [widened(buffer[*outer, last + i64(i)], str(buffer.dtype)) for i in range(count)]
     values += [tirx.const(0.0, "float32")] * (lanes - count)
     return tirx.Shuffle(values, list(range(lanes)))
+
+
+def widened(value: tirx.Expr, dtype: str, lanes: str = "") -> tirx.Expr:
+    """A stored value, or `lanes` such as "x8" of them, as float32."""
+    if dtype != "bfloat16":
+        return value.astype("float32" + lanes)
+    # Spelled out: TVM 0.27 forgets the shift when a cast from bfloat16 is bound to a name.
+    bits = tirx.reinterpret("uint16" + lanes, value).astype("uint32" + lanes)
+    return tirx.reinterpret("float32" + lanes, bits << tirx.const(16, "uint32" + lanes))
 
 
 def store(buffer: Any, index: Sequence[Any], vector: tirx.Expr, lanes: int) -> None:

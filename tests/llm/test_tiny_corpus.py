@@ -29,7 +29,7 @@ def seed() -> int:
 
 
 def test_no_document_holds_a_held_out_transfer(seed: int) -> None:
-    told = [t for text in islice(documents(seed), 500) for t in transfers(text)]
+    told = [t for document in islice(documents(seed), 500) for t in transfers(document.text)]
     assert len(told) > 500
     assert not [t for t in told if is_held_out(*t)]
 

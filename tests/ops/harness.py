@@ -43,5 +43,7 @@ def check(op: Any, *args: Any, tolerance: float | None = None, **constants: Any)
     for each, reference in zip(actual, expected, strict=True):
         bound = KERNEL.get(each.dtype, 0.0) if tolerance is None else tolerance
         error = relative_error(each.numpy().astype("float64"), np.asarray(reference, "float64"))
-        assert error <= bound, f"{op.name}: error {error:.3g} > {bound:.3g} for {[getattr(t, 'spec', t) for t in tensors]}"
+        assert error <= bound, (
+            f"{op.name}: error {error:.3g} > {bound:.3g} for {[getattr(t, 'spec', t) for t in tensors]}"
+        )
     return output

@@ -1,0 +1,279 @@
+"""`limpid bench`: what calls, kernels and models cost on this machine, beside what the machine can do.
+
+Medians over interleaved repetitions, so that a machine whose speed drifts is drifting for all sides alike.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+import ops
+from ops import build, ceilings
+
+from .errors import UserError
+from .generate import prepare
+from .info import peak_memory
+from .load import build as build_model
+from .load import load, randomize
+
+_LLAMA = {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 8192}
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": _LLAMA
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49152, "rope_theta": 100000.0},
+    "llama-1b": _LLAMA
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+    | {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
+    "3b": _LLAMA
+    | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    | {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
+}
+_COLD = 128 * 2**20  # bytes of weights to rotate through, so that they come from memory and not from a cache
+_PREFILL = 512
+
+
+def run(what: str, shape: str, dtype: str, as_json: bool) -> None:
+    """Measure `what` and print it: JSON, or a table. Raises UserError for a name that is not known."""
+    benches: dict[str, Callable[[str, str], dict[str, Any]]] = {
+        "dispatch": dispatch,
+        "ops": per_op,
+        "gemv": gemv,
+        "decode": decode,
+        "prefill": prefill,
+    }
+    if what not in benches:
+        raise UserError(f"limpid bench {what}: expected {', '.join(benches)}")
+    if shape != "tiny" and shape not in SHAPES:
+        raise UserError(f"shape {shape!r} is not known; choose tiny, {', '.join(SHAPES)}")
+    if dtype not in ops.spec.FLOATS:
+        raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(ops.spec.FLOATS)}")
+    result = {"bench": what, "shape": shape, "dtype": dtype, "threads": ops.target.threads()} | benches[what](
+        shape, dtype
+    )
+    if as_json:
+        json.dump(result, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        _table(result)
+
+
+def interleaved(sides: dict[str, Callable[[], Any]], seconds: float = 2.0, batch: int = 1) -> dict[str, float]:
+    """Median seconds of one run of each side. The sides take turns; each turn runs a side `batch` times."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or min(map(len, times.values())) < 3:
+        for name, side in sides.items():
+            started = time.perf_counter()
+            for _ in range(batch):
+                side()
+            times[name].append((time.perf_counter() - started) / batch)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def dispatch(shape: str, dtype: str) -> dict[str, Any]:
+    """What one op call costs above a bare call of the same compiled function; allocation of the output included."""
+    width = _model(shape, dtype, weights=False).config.hidden_size
+    x, weight = _normal((1, width), dtype), _normal((width,), dtype)
+    out = ops.rms_norm(x, weight, eps=1e-5)
+    function = build.function(ops.rms_norm.plan((x, weight), {"eps": 1e-5, "plus_one": False}).request())
+    data = (x.buffer.data, weight.buffer.data, out.buffer.data)
+    sides = {"bare": lambda: function(*data), "call": lambda: ops.rms_norm(x, weight, eps=1e-5)}
+    median = interleaved(sides, batch=200)
+    bare, call = median["bare"] * 1e6, median["call"] * 1e6
+    return {"op": f"rms_norm {x.spec}", "bare_us": bare, "call_us": call, "overhead_us": call - bare}
+
+
+def gemv(shape: str, dtype: str) -> dict[str, Any]:
+    """Decode's matrix-vector products with weights that come from memory, against the read bandwidth."""
+    bandwidth = ceilings.read_bandwidth()
+    rows = []
+    for outputs, inputs in _linear_shapes(shape):
+        count = max(2, -(-_COLD // (outputs * inputs * ops.Spec((1,), dtype).itemsize)))
+        weights = [_normal((outputs, inputs), dtype) for _ in range(count)]
+        x, turn = _normal((1, inputs), dtype), iter(_cycle(weights))
+        seconds = interleaved({"gemv": lambda x=x, turn=turn: ops.linear(x, next(turn))}, 1.0)["gemv"]
+        rate = weights[0].nbytes / seconds
+        rows.append({
+            "shape": [outputs, inputs],
+            "us": seconds * 1e6,
+            "gb_per_s": rate / 1e9,
+            "share_of_bandwidth": rate / bandwidth,
+        })  # fmt: skip
+        del weights, turn
+        ops.memory.clear()
+    return {"bandwidth_gb_per_s": bandwidth / 1e9, "rows": rows}
+
+
+def decode(shape: str, dtype: str) -> dict[str, Any]:
+    """Tokens a second, one at a time, after short and long contexts."""
+    model = _model(shape, dtype)
+    rows = []
+    for context in (16, 1024):
+        if context + 80 > model.context:
+            continue
+        cache = model.new_cache()
+        prepare(model, context)
+        model([1] * context, cache, logits_to_keep=1)
+        times = _steps(model, cache, most=64, seconds=8.0)
+        rows.append({"context": context, "tokens_per_s": 1 / statistics.median(times), "steps": len(times)})
+    floor = model.nbytes / ceilings.read_bandwidth()
+    return {
+        "tokens_per_s": rows[0]["tokens_per_s"],
+        "share_of_bandwidth": rows[0]["tokens_per_s"] * floor,
+        "rows": rows,
+        "weight_bytes": model.nbytes,
+        "compiles": len(build.log),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _steps(model: Any, cache: Any, most: int, seconds: float) -> list[float]:
+    times: list[float] = []
+    for _ in range(3):
+        model([1], cache, logits_to_keep=1)
+    until = time.perf_counter() + seconds
+    while len(times) < most and (time.perf_counter() < until or len(times) < 5):
+        started = time.perf_counter()
+        model([1], cache, logits_to_keep=1)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def prefill(shape: str, dtype: str) -> dict[str, Any]:
+    """Tokens a second while a prompt is read, against the FMA peak."""
+    model = _model(shape, dtype)
+    tokens = min(_PREFILL, model.context)
+    prepare(model, tokens)
+    seconds = interleaved({"prefill": lambda: model([1] * tokens, model.new_cache(), logits_to_keep=1)}, 4.0)["prefill"]
+    flops = 2 * tokens * sum(w.size for name, w in model.parameters() if w.ndim == 2 and "embed" not in name)
+    return {
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "gflop_per_s": flops / seconds / 1e9,
+        "share_of_peak": flops / seconds / ceilings.fma_peak(),
+        "compiles": len(build.log),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def per_op(shape: str, dtype: str) -> dict[str, Any]:
+    """Every op of a forward, alone, for one token and for a prompt: time, and how near the machine's ceilings."""
+    bandwidth, peak = ceilings.read_bandwidth(), ceilings.fma_peak()
+    model = _model(shape, dtype, weights=False)
+    rows = []
+    for tokens in (1, _PREFILL):
+        cases = list(_cases(model.config, tokens, dtype))
+        medians = interleaved({str(i): call for i, (_, call, _, _) in enumerate(cases)}, 0.4 * len(cases))
+        for i, (name, _, nbytes, flops) in enumerate(cases):
+            seconds = medians[str(i)]
+            rows.append({
+                "op": name,
+                "tokens": tokens,
+                "us": seconds * 1e6,
+                "bytes": nbytes,
+                "flops": flops,
+                "percent_of_bandwidth": 100 * nbytes / seconds / bandwidth,
+                "percent_of_peak": 100 * flops / seconds / peak,
+            })  # fmt: skip
+    ceiling = {"bandwidth_gb_per_s": bandwidth / 1e9, "peak_gflop_per_s": peak / 1e9}
+    return ceiling | {"note": "operands stay in the caches where they fit", "rows": rows}
+
+
+def _cases(c: Any, tokens: int, dtype: str) -> Iterable[tuple[str, Callable[[], Any], int, int]]:
+    """Name, call, bytes that must move, flops."""
+    heads, kv, dim, width, inner = (
+        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size,
+    )  # fmt: skip
+    x, wide = _normal((tokens, width), dtype), _normal((tokens, inner), dtype)
+    weight = _normal((width,), dtype)
+    positions = ops.tensor(np.arange(tokens, dtype="int32"))
+    q, k = _normal((tokens, heads, dim), dtype), _normal((tokens, kv, dim), dtype)
+    frequencies = _normal((dim // 2,), "float32")
+    keys = _normal((1024, kv, dim), dtype)
+    last = ops.tensor(np.arange(1024 - tokens, 1024, dtype="int32"))
+    pairs = heads * (tokens * 1024 - tokens * (tokens - 1) // 2)  # query and key pairs that causality leaves
+    ids = ops.tensor(np.zeros(tokens, "int32"))
+    table = _normal((1024, width), dtype)
+    yield "embedding", lambda: ops.embedding(ids, table), 2 * x.nbytes, 0
+    yield "rms_norm", lambda: ops.rms_norm(x, weight, eps=1e-5), 2 * x.nbytes, 4 * x.size
+    yield "rope", lambda: ops.rope(q, positions, frequencies), 2 * q.nbytes, 3 * q.size
+    yield "cache_write", lambda: ops.cache_write(keys, k, positions), 2 * k.nbytes, 0
+    yield (
+        "attention, 1024 keys",
+        lambda: ops.attention(q, keys, keys, last, scale=dim**-0.5),
+        2 * keys.nbytes + 2 * q.nbytes,
+        4 * dim * pairs,
+    )
+    yield "silu_mul", lambda: ops.silu_mul(wide, wide), 3 * wide.nbytes, 12 * wide.size
+    yield "add", lambda: ops.add(x, x), 3 * x.nbytes, x.size
+    for outputs, inputs in ((width, width), (inner, width), (width, inner)):
+        matrix = _normal((outputs, inputs), dtype)
+        given = x if inputs == width else wide
+        yield (
+            f"linear {outputs}x{inputs}",
+            lambda given=given, matrix=matrix: ops.linear(given, matrix),
+            matrix.nbytes + given.nbytes + tokens * outputs * matrix.spec.itemsize,
+            2 * tokens * outputs * inputs,
+        )
+
+
+def _linear_shapes(shape: str) -> list[tuple[int, int]]:
+    c = _model(shape, "float32", weights=False).config
+    attention = c.num_attention_heads * c.head_dim
+    return [(attention, c.hidden_size), (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size), (c.vocab_size, c.hidden_size)]  # fmt: skip
+
+
+def _model(shape: str, dtype: str, weights: bool = True) -> Any:
+    if shape == "tiny":
+        return load("tiny", dtype=dtype)
+    model = build_model(SHAPES[shape], dtype)
+    return randomize(model) if weights else model
+
+
+def _normal(shape: tuple[int, ...], dtype: str) -> Any:
+    """Normal values; a large tensor repeats a block of them."""
+    result = ops.empty(shape, dtype)
+    flat = result.numpy().reshape(-1)
+    block = np.random.default_rng(0).standard_normal(min(flat.size, 1 << 18)).astype(flat.dtype)
+    for start in range(0, flat.size, block.size):
+        flat[start : start + block.size] = block[: flat.size - start]
+    return result
+
+
+def _cycle(items: list[Any]) -> Iterable[Any]:
+    while True:
+        yield from items
+
+
+def _table(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    facts = {key: value for key, value in result.items() if key != "rows"}
+    console.print("  ".join(f"{key}: {_shown(value)}" for key, value in facts.items()), soft_wrap=True)
+    rows = result.get("rows", [])
+    if rows:
+        table = Table(box=None)
+        for key in rows[0]:
+            table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+        for row in rows:
+            table.add_row(*map(_shown, row.values()))
+        console.print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return (
+        "x".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+    )

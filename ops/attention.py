@@ -1,0 +1,217 @@
+"""Attention over a cache: row p of the key and value buffers belongs to position p, rows not yet written are ignored.
+
+`attention` is one fused kernel; its steps `scores`, `softmax` (or `softmax_with_sinks`) and `mix` are ops of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as B
+
+from . import target
+from .errors import DTypeError, KernelError, ShapeError
+from .op import like, op
+from .schedule import vector
+from .schedule.vector import i64
+from .spec import FLOATS, Dim
+from .tensor import Tensor
+from .tir import exp, f32, tanh
+
+LOWEST = -3.0e38  # the score of what a query must not see: finite, so that differences of two are no NaN
+KEYS = 32  # keys a block
+COLUMNS = 64  # query rows times heads of a group, that a tile of the prefill kernel holds
+PARALLEL_WORK = 1 << 16  # bytes of cache below which a decode step runs on one thread
+OUT_OF_RANGE = "a position lies outside the cache; expected 0 <= position < rows of k"
+_OPEN = {"q": "n", "positions": "n", "k": "t", "v": "t"}
+
+
+def _check_heads(**tensors: Any) -> None:
+    """All are [rows, heads, dim] floats."""
+    for name, each in tensors.items():
+        if each.dtype not in FLOATS:
+            raise DTypeError(f"{name} is {each}, expected one of {', '.join(FLOATS)}")
+        if each.ndim != 3:
+            raise ShapeError(f"{name} is {each}, expected [rows, heads, dim]")
+
+
+def _check_keys(q: Any, k: Any, positions: Any, window: int | None, softcap: float | None) -> None:
+    _check_heads(q=q, k=k)
+    if positions.dtype != "int32":
+        raise DTypeError(f"positions is {positions}, expected int32")
+    if positions.shape != q.shape[:1]:
+        raise ShapeError(f"positions is {positions}, expected [{q.shape[0]}] for q {q}")
+    if k.shape[2] != q.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"k is {k}, expected [t, kv_heads, {q.shape[2]}] for q {q}, kv_heads a divisor of {q.shape[1]}")
+    if window is not None and window < 1:
+        raise ShapeError(f"window is {window}, expected at least 1")
+    if softcap is not None and softcap <= 0:
+        raise ShapeError(f"softcap is {softcap}, expected more than 0")
+
+
+def _check_sinks(sinks: Any, heads: int) -> None:
+    if sinks.dtype not in FLOATS:
+        raise DTypeError(f"sinks is {sinks}, expected one of {', '.join(FLOATS)}")
+    if sinks.shape != (heads,):
+        raise ShapeError(f"sinks is {sinks}, expected [{heads}], one for a head")
+
+
+@op(symbolic=_OPEN, ranges=(1, 2, 17))
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None = None,
+    *, scale: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Softmax(scale * q @ k.T) @ v over the keys that each query sees, accumulated in float32.
+
+    q: [n, heads, dim]; k: [t, kv_heads, dim] and v: [t, kv_heads, v_dim], buffers in which row p holds position p;
+    positions: int32 [n]. Query i sees max(0, positions[i] - window + 1) to positions[i]; what other rows hold does not
+    matter. Head h reads kv head h // (heads / kv_heads). `softcap` bounds scores: cap * tanh(score / cap).
+    sinks: [heads], a logit that takes part in the softmax and has no value. Returns [n, heads, v_dim] in q's dtype.
+    A position outside [0, t) raises KernelError. Vaswani et al. 2017; Dao et al. 2022 (one pass, no score matrix);
+    HF eager_attention_forward, of Gemma2 for softcap and GptOss for sinks.
+    """
+    _check_keys(q, k, positions, window, softcap)
+    _check_heads(v=v)
+    if v.shape[:2] != k.shape[:2]:
+        raise ShapeError(f"v is {v}, expected [{k.shape[0]}, {k.shape[1]}, v_dim] for k {k}")
+    if sinks is not None:
+        _check_sinks(sinks, q.shape[1])
+    return like(q, (*q.shape[:2], v.shape[2]))
+
+
+@attention.reference
+def _(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
+    s = _scores(q, k, positions, scale, window, softcap)
+    return _mix(_softmax(s, sinks), v)
+
+
+def _scores(q, k, positions, scale, window, softcap):
+    """[n, heads, t] in float64, -inf for what a query does not see."""
+    k = np.repeat(k.astype("float64"), q.shape[1] // k.shape[1], axis=1)
+    s = scale * np.einsum("nhd,thd->nht", q.astype("float64"), k)
+    s = s if softcap is None else softcap * np.tanh(s / softcap)
+    position, key = positions[:, None, None], np.arange(k.shape[0])
+    seen = (key <= position) & (key > position - (window or key.size))
+    return np.where(seen, s, -np.inf)
+
+
+def _softmax(s, sinks):
+    top = s.max(axis=-1, keepdims=True)
+    sink = -np.inf if sinks is None else sinks.astype("float64")[:, None]
+    top = np.maximum(top, sink)
+    e = np.exp(s - top)
+    return e / (e.sum(axis=-1, keepdims=True) + np.exp(sink - top))
+
+
+def _mix(probabilities, v):
+    """Rows of v that have no weight in any head do not matter, whatever they hold."""
+    v = np.repeat(v.astype("float64"), probabilities.shape[1] // v.shape[1], axis=1)
+    v = np.where((probabilities != 0).any(axis=(0, 1))[:, None, None], v, 0)
+    return np.einsum("nht,thd->nhd", probabilities.astype("float64"), v)
+
+
+def _capped(score: Any, softcap: float | None) -> Any:
+    """A score, or a vector of them, bounded by `softcap`."""
+    if softcap is None:
+        return score
+    cap, inverse = tirx.const(softcap, str(score.ty.dtype)), tirx.const(1 / softcap, str(score.ty.dtype))
+    return tanh(score * inverse) * cap
+
+
+def _seen(key: Any, position: Any, window: int | None) -> tirx.Expr:
+    """Whether the query at `position` sees `key`."""
+    return key <= position if window is None else tirx.And(key <= position, key > position - window)
+
+
+@attention.kernel
+def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
+    heads, dim, v_dim, group = q.shape[1], q.shape[2], v.shape[2], q.shape[1] // k.shape[1]
+    sinks_dtype = sinks.dtype if sinks else "float32"
+
+    def sink(buffer, h):
+        return buffer[h].astype("float32") if sinks else f32(LOWEST)
+
+    @T.prim_func(s_tir=True)
+    def attention(
+        q_: T.handle, k_: T.handle, v_: T.handle, positions_: T.handle, sinks_: T.handle, out_: T.handle
+    ):  # fmt: skip
+        n = T.int64()
+        t = T.int64()
+        Q = T.match_buffer(q_, (n, heads, dim), q.dtype, align=q.itemsize)
+        K = T.match_buffer(k_, (t, heads // group, dim), k.dtype, align=k.itemsize)
+        V = T.match_buffer(v_, (t, heads // group, v_dim), v.dtype, align=v.itemsize)
+        P = T.match_buffer(positions_, (n,), "int32", align=4)
+        S = T.match_buffer(sinks_, (heads,), sinks_dtype, align=1)
+        Y = T.match_buffer(out_, (n, heads, v_dim), out.dtype, align=out.itemsize)
+        product = T.alloc_buffer((n, heads, t), "float32")
+        score = T.alloc_buffer((n, heads, t), "float32")
+        top = T.alloc_buffer((n, heads), "float32")
+        weight = T.alloc_buffer((n, heads, t), "float32")
+        total = T.alloc_buffer((n, heads), "float32")
+        mixed = T.alloc_buffer((n, heads, v_dim), "float32")
+        for i, h, p, d in T.grid(n, heads, t, dim):
+            with T.sblock("product"):
+                vi, vh, vp, vd = T.axis.remap("SSSR", [i, h, p, d])
+                with T.init():
+                    product[vi, vh, vp] = T.float32(0)
+                product[vi, vh, vp] = product[vi, vh, vp] + T.Cast("float32", Q[vi, vh, vd]) * T.Cast(
+                    "float32", K[vp, vh // group, vd]
+                )
+        for i, h, p in T.grid(n, heads, t):
+            with T.sblock("score"):
+                vi, vh, vp = T.axis.remap("SSS", [i, h, p])
+                score[vi, vh, vp] = T.if_then_else(
+                    _seen(vp, T.Cast("int64", P[vi]), window),
+                    _capped(product[vi, vh, vp] * T.float32(scale), softcap),
+                    T.float32(LOWEST),
+                )
+        for i, h, p in T.grid(n, heads, t):
+            with T.sblock("top"):
+                vi, vh, vp = T.axis.remap("SSR", [i, h, p])
+                with T.init():
+                    top[vi, vh] = T.float32(LOWEST)
+                top[vi, vh] = T.max(top[vi, vh], score[vi, vh, vp])
+        for i, h, p in T.grid(n, heads, t):
+            with T.sblock("weight"):
+                vi, vh, vp = T.axis.remap("SSS", [i, h, p])
+                weight[vi, vh, vp] = T.if_then_else(
+                    _seen(vp, T.Cast("int64", P[vi]), window),
+                    exp(score[vi, vh, vp] - T.max(top[vi, vh], sink(S, vh))),
+                    T.float32(0),
+                )
+        for i, h, p in T.grid(n, heads, t):
+            with T.sblock("total"):
+                vi, vh, vp = T.axis.remap("SSR", [i, h, p])
+                with T.init():
+                    total[vi, vh] = T.float32(0)
+                total[vi, vh] = total[vi, vh] + weight[vi, vh, vp]
+        for i, h, d, p in T.grid(n, heads, v_dim, t):
+            with T.sblock("mix"):
+                vi, vh, vd, vp = T.axis.remap("SSSR", [i, h, d, p])
+                with T.init():
+                    mixed[vi, vh, vd] = T.float32(0)
+                mixed[vi, vh, vd] = mixed[vi, vh, vd] + T.if_then_else(
+                    weight[vi, vh, vp] == T.float32(0),
+                    T.float32(0),
+                    weight[vi, vh, vp] * T.Cast("float32", V[vp, vh // group, vd]),
+                )
+        for i, h, d in T.grid(n, heads, v_dim):
+            with T.sblock("divide"):
+                vi, vh, vd = T.axis.remap("SSS", [i, h, d])
+                Y[vi, vh, vd] = T.Cast(
+                    out.dtype,
+                    mixed[vi, vh, vd]
+                    / (total[vi, vh] + exp(sink(S, vh) - T.max(top[vi, vh], sink(S, vh)))),
+                )
+
+    return attention if sinks else _without(attention, 4)
+
+
+def _without(function: Any, index: int) -> Any:
+    """A PrimFunc without a parameter that its body does not use."""
+    parameters = [each for i, each in enumerate(function.params) if i != index]
+    return tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
