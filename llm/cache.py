@@ -66,14 +66,19 @@ class Cache:
             self._layers.append(Layer(self))
         return self._layers[index]
 
+    def require(self, tokens: int) -> None:
+        """Raises ContextOverflow when `tokens` more do not fit."""
+        if self._length + tokens > self.limit:
+            held = f"{self._length} tokens in the cache and " if self._length else ""
+            raise ContextOverflow(
+                f"{held}{tokens} {'more' if held else 'tokens'} do not fit: this model's context holds {self.limit}; "
+                f"shorten the prompt"
+            )
+
     def extend(self, tokens: int) -> Tensor:
         """Make room for `tokens` more and give their positions, int32 [tokens]. Raises ContextOverflow."""
+        self.require(tokens)
         length = self._length + tokens
-        if length > self.limit:
-            raise ContextOverflow(
-                f"{self._length} tokens in the cache and {tokens} more are {length}; "
-                f"this model's context holds {self.limit}: shorten the prompt, or ask for fewer tokens"
-            )
         if length > self.capacity:
             self.capacity = min(max(length, 2 * self.capacity, _FIRST_CAPACITY), self.limit)
         positions = ops.empty((tokens,), "int32")

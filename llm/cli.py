@@ -4,44 +4,60 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from ops import OpError, store
 
 from .errors import UserError
 
 app = typer.Typer(
     help="An LLM runtime you can step through.",
     add_completion=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="tiny, a directory, a llama2.c .bin, or a Hugging Face name")]
-Tokens = Annotated[int, typer.Option("--max-tokens", "-n", min=0, help="at most this many tokens")]
-Temperature = Annotated[float, typer.Option("--temp", help="0 always takes the likeliest token")]
-TopK = Annotated[int, typer.Option("--top-k", help="sample among the k likeliest; 0: all")]
-TopP = Annotated[float, typer.Option("--top-p", help="sample among the likeliest that make up this probability")]
-MinP = Annotated[float, typer.Option("--min-p", help="drop tokens below this share of the likeliest one")]
-Penalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="above 1: tokens already there become less likely")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="the same seed gives the same text")]
-DType = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: as stored")]
-Device = Annotated[str, typer.Option("--device", help="where to run")]
-Revision = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a Hugging Face repository")]
+
+def _option(*names: str, metavar: str, help: str, **more: Any) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, **more)
+
+
+Model = Annotated[str, _option("--model", "-m", metavar="NAME", help="tiny, a folder, a llama2.c .bin, or a Hub name")]
+Tokens = Annotated[int, _option("--max-tokens", "-n", metavar="N", help="at most this many tokens")]
+Temperature = Annotated[float, _option("--temp", metavar="T", help="0: always the likeliest token")]
+TopK = Annotated[int, _option("--top-k", metavar="K", help="only among the K likeliest; 0: all")]
+TopP = Annotated[float, _option("--top-p", metavar="P", help="only among the likeliest that make up P")]
+MinP = Annotated[float, _option("--min-p", metavar="P", help="only above this share of the likeliest")]
+Penalty = Annotated[float, _option("--repetition-penalty", metavar="R", help="above 1: less of what was there")]
+Seed = Annotated[int | None, _option("--seed", metavar="N", help="the same seed gives the same text")]
+DType = Annotated[str | None, _option("--dtype", metavar="TYPE", help="float32, float16, bfloat16; default: as stored")]
+Device = Annotated[str, _option("--device", metavar="NAME", help="where to run: cpu")]
+Revision = Annotated[str | None, _option("--revision", metavar="REV", help="branch, tag or commit on the Hub")]
+
+
+@app.callback()
+def settings() -> None:
+    """Check what the environment says, so that a wrong value is one line and not a surprise later."""
+    try:
+        store.limit()
+    except OpError as error:
+        raise UserError(str(error)) from None
+    if not (threads := os.environ.get("LIMPID_THREADS") or "1").isdecimal() or int(threads) < 1:
+        raise UserError(f"LIMPID_THREADS is {threads!r}, expected a number of threads, 1 or more")
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="the beginning of the text", show_default=False)] = None,
-    prompt_option: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="the same, as a flag; - reads stdin")
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="the beginning of the text; - reads it from stdin")
     ] = None,
     model: Model = "tiny",
+    prompt_option: Annotated[
+        str | None, _option("--prompt", "-p", metavar="TEXT", help="the same as the argument")
+    ] = None,
     max_tokens: Tokens = 200,
     temp: Temperature = 0.0,
     top_k: TopK = 0,
@@ -57,7 +73,7 @@ def generate(
     if prompt is not None and prompt_option is not None:
         raise UserError("the prompt is given twice, as an argument and by --prompt: give it once")
     text = prompt if prompt is not None else prompt_option
-    text = sys.stdin.read() if text == "-" else text or ""
+    text = _stdin() if text == "-" else text or ""
     loaded = _load(model, dtype, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     stream = loaded.stream(text, max_tokens=max_tokens, **options)
@@ -69,7 +85,7 @@ def generate(
 @app.command()
 def chat(
     model: Model = "tiny",
-    system: Annotated[str | None, typer.Option("--system", help="a message that sets the scene")] = None,
+    system: Annotated[str | None, _option("--system", metavar="TEXT", help="a message that sets the scene")] = None,
     max_tokens: Tokens = 1024,
     temp: Temperature = 0.0,
     top_k: TopK = 0,
@@ -102,8 +118,13 @@ def chat(
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(help="as for --model")] = "tiny", revision: Revision = None) -> None:
-    """Show what a model is: its tree with shapes, dtypes and sizes, its tokenizer, and what it needs."""
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a llama2.c .bin, or a Hub name")
+    ] = "tiny",
+    revision: Revision = None,
+) -> None:
+    """Show a model's tree, what it needs, its tokenizer."""
     from .info import show
 
     show(_load(model, None, "cpu", revision), model)
@@ -111,10 +132,10 @@ def info(model: Annotated[str, typer.Argument(help="as for --model")] = "tiny", 
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="dispatch, ops, gemv, decode or prefill")] = "decode",
-    shape: Annotated[str, typer.Option("--shape", help="tiny, 135m, llama-1b or 3b")] = "tiny",
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16")] = "float32",
-    json: Annotated[bool, typer.Option("--json", help="JSON on standard output, and nothing else there")] = False,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="dispatch, ops, gemv, decode or prefill")] = "decode",
+    shape: Annotated[str, _option("--shape", metavar="NAME", help="tiny, 135m, llama-1b or 3b")] = "tiny",
+    dtype: Annotated[str, _option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16")] = "float32",
+    json: Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there")] = False,
 ) -> None:
     """Measure this machine: medians over interleaved repetitions."""
     from .bench import run
@@ -124,12 +145,10 @@ def bench(
 
 @app.command()
 def cache(
-    action: Annotated[str, typer.Argument(help="show or clear")] = "show",
+    action: Annotated[str, typer.Argument(metavar="ACTION", help="show or clear")] = "show",
 ) -> None:
     """Show or clear the compiled kernels that are kept on disk."""
     from .info import show_kernels
-
-    from ops import store
 
     if action == "clear":
         typer.echo(f"removed {store.clear()} kernels from {store.directory()}")
@@ -137,6 +156,14 @@ def cache(
         show_kernels()
     else:
         raise UserError(f"limpid cache {action}: expected show or clear")
+
+
+def _stdin() -> str:
+    """What is piped in, without the newline at its end."""
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text: {error.reason} at byte {error.start}") from None
 
 
 def _load(model: str, dtype: str | None, device: str, revision: str | None) -> Any:
@@ -186,26 +213,23 @@ def _closing_line(stream: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a person can put right is one line and exit code 2."""
-    _exit(lambda: app(args=arguments, prog_name="limpid", standalone_mode=False))
-
-
-def _exit(run: Callable[[], Any]) -> None:
-    import click
-
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        code = run()
-    except click.ClickException as error:
-        typer.echo(f"limpid: {error.format_message()}", err=True)
-        sys.exit(2)
+        code = app(given or ["--help"], prog_name="limpid", standalone_mode=False)  # 130 for Ctrl-C
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        _fail(error.format_message())
     except UserError as error:
-        typer.echo(f"limpid: {' '.join(str(error).split())}", err=True)
-        sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(130)
+        _fail(str(error))
     except BrokenPipeError:  # the reader of a pipe has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = 0
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"limpid: {' '.join(message.split())}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ops
+from ops import Tensor
 
 from .cache import Cache
 from .chat import render
 from .errors import UserError
 from .sampling import Sampler, Sampling, top_logprobs
-from .tokenizer import Detokenizer, Tokenizer
+from .tokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from .model import Model
@@ -59,58 +61,73 @@ class TextStream:
         **sampling: Any,
     ):
         if model.tokenizer is None:
-            raise UserError("this model has no tokenizer; load one with llm.Tokenizer.from_directory(path)")
-        if max_tokens < 0:
-            raise UserError(f"max_tokens is {max_tokens}, expected 0 or more")
+            raise UserError("this model has no tokenizer: put its tokenizer.json, or llama2.c's tok*.bin, beside it")
         self.model, self.tokenizer = model, model.tokenizer
-        self.cache = model.new_cache() if cache is None else cache
-        self.prompt = _prompt_ids(self.tokenizer, prompt, first=len(self.cache) == 0)
-        self.max_tokens, self.alternatives = max_tokens, logprobs
-        self.stops = tuple(each for each in ([stop] if isinstance(stop, str) else stop) if each)
+        self.max_tokens = _count("max_tokens", max_tokens)
+        self.alternatives = _count("logprobs", logprobs)
+        self.stops = _stops(stop)
         self.sampler = _sampler(sampling)
+        self.cache = model.new_cache() if cache is None else cache
+        self.prompt = self._prompt_ids(prompt)
+        self.cache.require(len(self.prompt))
         self.prompt_tokens = len(self.prompt)
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[list[tuple[int, float]]] = []
         self.finish_reason: str | None = None
         self.prefill_seconds = self.decode_seconds = 0.0
+        self._text: list[str] = []
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
 
     def finish(self) -> Generation:
-        """Run to the end and give the whole text."""
-        whole = Generation("".join(self))
+        """Run to the end and give the whole text, with the pieces that were taken before."""
+        for _ in self:
+            pass
+        whole = Generation("".join(self._text))
         whole.tokens, whole.logprobs, whole.top_logprobs = self.tokens, self.logprobs, self.top_logprobs
         whole.finish_reason = self.finish_reason
         return whole
 
-    def _run(self) -> Iterator[Piece]:
-        detokenizer, waiting = Detokenizer(self.tokenizer), ""
-        longest = max(map(len, self.stops), default=0)
-        for token in self._sampled():
-            waiting += detokenizer.add(token)
-            found = min((at for each in self.stops if (at := waiting.find(each)) >= 0), default=-1)
-            if found >= 0:
-                self.finish_reason, waiting = "stop", waiting[:found]
-                break
-            # The end of the text may be the beginning of a stop: hold back as much as could be.
-            certain = len(waiting) - max((n for n in range(longest) if self._may_begin_stop(waiting, n)), default=0)
-            if certain:
-                yield self._piece(waiting[:certain])
-                waiting = waiting[certain:]
-        else:
-            waiting += detokenizer.finish()
-            found = min((at for each in self.stops if (at := waiting.find(each)) >= 0), default=-1)
-            waiting = waiting[:found] if found >= 0 else waiting
-        if waiting:
-            yield self._piece(waiting)
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Ids of the prompt; a sequence begins with the beginning-of-sequence token where the tokenizer has one."""
+        if not isinstance(prompt, str):
+            return self.model.ids(prompt).numpy().tolist()
+        ids = self.tokenizer.encode(prompt, bos=not len(self.cache))
+        if not ids and not len(self.cache) and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id]
+        if not ids:
+            reason = "the cache needs a token to go on from" if len(self.cache) else "this tokenizer has no first token"
+            raise UserError(f"the prompt is empty, and {reason}; give a prompt")
+        return ids
 
-    def _may_begin_stop(self, text: str, count: int) -> bool:
-        return 0 < count <= len(text) and any(each.startswith(text[-count:]) for each in self.stops)
+    def _run(self) -> Iterator[Piece]:
+        detokenizer, waiting = Detokenizer(self.tokenizer, after=self.prompt), ""
+        for token in self._sampled():
+            certain, waiting = self._cut(waiting + detokenizer.add(token))
+            if certain:
+                yield self._piece(certain)
+            if self.finish_reason:  # a stop was found
+                return
+        rest, _ = self._cut(waiting + detokenizer.finish(), last=True)
+        if rest:
+            yield self._piece(rest)
+
+    def _cut(self, text: str, last: bool = False) -> tuple[str, str]:
+        """What of `text` is certain, and what waits, as it may be the beginning of a stop. A stop ends the text."""
+        found = min((at for each in self.stops if (at := text.find(each)) >= 0), default=-1)
+        if found >= 0:
+            self.finish_reason = "stop"
+            return text[:found], ""
+        longest = 0 if last else max(map(len, self.stops), default=0)
+        ends = (text[at:] for at in range(max(len(text) - longest + 1, 0), len(text)))
+        held = next((end for end in ends if any(each.startswith(end) for each in self.stops)), "")
+        return text[: len(text) - len(held)], held
 
     def _piece(self, text: str) -> Piece:
+        self._text.append(text)
         piece = Piece(text)
         piece.token, piece.logprob = self.tokens[-1], self.logprobs[-1]
         piece.top_logprobs = self.top_logprobs[-1] if self.top_logprobs else []
@@ -121,22 +138,18 @@ class TextStream:
         if self.max_tokens == 0:
             self.finish_reason = "length"
             return
-        prepare(self.model, len(self.prompt))
+        if not _watched():
+            prepare(self.model, len(self.prompt), self.cache.dtype)
+        history = list(self.prompt)
         started = time.perf_counter()
         logits = self.model(self.prompt, self.cache, logits_to_keep=1)
         self.prefill_seconds = time.perf_counter() - started
-        history = list(self.prompt)
         while True:
             started = time.perf_counter()
-            values = logits.numpy()[0].astype("float32", copy=False)
-            token, logprob = self.sampler(values, history)
+            token = self._sample(logits, history)
             if token in self.tokenizer.eos_ids:
                 self.finish_reason = "stop"
                 return
-            self.tokens.append(token)
-            self.logprobs.append(logprob)
-            if self.alternatives:
-                self.top_logprobs.append(top_logprobs(values, self.alternatives))
             history.append(token)
             self.decode_seconds += time.perf_counter() - started
             yield token
@@ -147,17 +160,42 @@ class TextStream:
             logits = self.model([token], self.cache, logits_to_keep=1)
             self.decode_seconds += time.perf_counter() - started
 
+    def _sample(self, logits: Tensor, history: list[int]) -> int:
+        """The next token. The view of the logits ends here, before they do: so their buffer goes back to the pool."""
+        values = logits.numpy()[0]
+        token, logprob = self.sampler(values, history)
+        if token not in self.tokenizer.eos_ids:
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            if self.alternatives:
+                self.top_logprobs.append(top_logprobs(values, self.alternatives))
+        return token
 
-def prepare(model: Model, tokens: int, progress: bool = True) -> int:
-    """Build the kernels for a prompt of `tokens` tokens and for decoding; gives how many had to be compiled."""
+
+def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool = True) -> int:
+    """Build the kernels for a prompt of `tokens` tokens and for decoding; gives how many had to be compiled.
+
+    `dtype` is that of the cache. The forwards of this dry run compute nothing, so a `breakpoint()` in them waits.
+    """
 
     def run() -> None:
-        cache = model.new_cache()
+        cache = Cache(model.context, dtype)
         model([0] * min(tokens, cache.limit), cache, logits_to_keep=1)
         if len(cache) < cache.limit:
             model([0], cache, logits_to_keep=1)
 
-    return ops.prepare(run, progress)
+    hook, sys.breakpointhook = sys.breakpointhook, lambda *_, **__: None
+    try:
+        return ops.prepare(run, progress)
+    finally:
+        sys.breakpointhook = hook
+
+
+def _watched() -> bool:
+    """A debugger or an interceptor looks on: it must see the forwards that compute, and only those."""
+    monitoring = getattr(sys, "monitoring", None)  # what a debugger may use from Python 3.12 on
+    debugger = monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
+    return debugger or sys.gettrace() is not None or bool(ops.intercept.chain())
 
 
 def chat_prompt(model: Model, messages: list[dict[str, Any]]) -> str:
@@ -168,17 +206,17 @@ def chat_prompt(model: Model, messages: list[dict[str, Any]]) -> str:
     return render(tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], first: bool) -> list[int]:
-    """Ids of the prompt; a sequence begins with the beginning-of-sequence token where the tokenizer has one."""
-    if not isinstance(prompt, str):
-        ids = [int(each) for each in prompt]
-    else:
-        ids = tokenizer.encode(prompt, bos=first)
-        if not ids and first and tokenizer.bos_id is not None:
-            ids = [tokenizer.bos_id]
-    if not ids:
-        raise UserError("the prompt is empty, and this tokenizer has no token to begin a text with")
-    return ids
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise UserError(f"{name} is {value!r}, expected an integer, 0 or above")
+    return value
+
+
+def _stops(given: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Sequence) else (given,)
+    if not all(isinstance(each, str) for each in stops):
+        raise UserError(f"stop is {given!r}, expected a text or a list of texts")
+    return tuple(each for each in stops if each)
 
 
 def _sampler(options: dict[str, Any]) -> Sampler:

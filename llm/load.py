@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import ops
 from ops.spec import DTYPES, FLOATS
 
@@ -64,10 +66,10 @@ def _load_llama2c(path: Path, dtype: str | None, progress: bool) -> Model:
     raw, tensors = read_llama2c(path)
     model = build(raw, dtype or "float32")
     _fill(model, tensors, progress)
-    beside = sorted(path.parent.glob("tok*.bin"))
-    fitting = [each for each in beside if each.stem == f"tok{model.config.vocab_size}"] or beside[:1]
-    if fitting:
-        model.tokenizer = Tokenizer.from_llama2c(fitting[0], model.config.vocab_size)
+    usual = [path.with_name(name) for name in (f"tok{model.config.vocab_size}.bin", "tokenizer.bin")]
+    beside = [each for each in usual if each.exists()] or sorted(path.parent.glob("tok*.bin"))
+    if beside:
+        model.tokenizer = Tokenizer.from_llama2c(beside[0], model.config.vocab_size)
     return model
 
 
@@ -82,7 +84,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} has no config.json; expected a directory in Hugging Face's layout") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a JSON {type(raw).__name__}, expected an object")
@@ -113,6 +115,8 @@ def _fill(model: Model, tensors: dict[str, Any], progress: bool) -> None:
 def save(model: Model, directory: Path) -> Path:
     """Write config, weights and tokenizer in Hugging Face's layout: into a folder beside `directory`, then renamed."""
     tensors = {name: weight.numpy() for name, weight in model.named_tensors().items()}
+    values = config_values(model)
+    _check_expressible(model, values)
     directory = directory.expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory; choose another place to save to")
@@ -120,7 +124,7 @@ def save(model: Model, directory: Path) -> Path:
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         work.chmod(0o755)
-        (work / "config.json").write_text(json.dumps(config_values(model), indent=2) + "\n", "utf-8")
+        (work / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
         write_directory(work, tensors)
         if model.tokenizer is not None:
             model.tokenizer.save(work)
@@ -131,6 +135,19 @@ def save(model: Model, directory: Path) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return directory
+
+
+def _check_expressible(model: Model, values: dict[str, Any]) -> None:
+    """Raises UserError when the config would give other weights than the model has: loading would fail."""
+    wanted = {name: spec.shape for name, spec in build(values).parameters()}
+    given = {name: weight.shape for name, weight in model.parameters()}
+    differing = [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]
+    if differing:
+        raise UserError(
+            f"a config.json cannot say how this model was changed: {', '.join(differing[:4])}"
+            f"{f' and {len(differing) - 4} more' if len(differing) > 4 else ''} would not load as they are; "
+            f"undo the change, or save the weights with llm.weights.write_file"
+        )
 
 
 def config_values(model: Model) -> dict[str, Any]:
@@ -154,9 +171,7 @@ def config_values(model: Model) -> dict[str, Any]:
 
 
 def randomize(model: Model, seed: int = 0) -> Model:
-    """Fill every weight that is not loaded with normal values of deviation 0.02; norms get ones. For tests and bench."""
-    import numpy as np
-
+    """Fill every weight that is not loaded with normal values of deviation 0.02; norms with ones."""
     rng = np.random.default_rng(seed)
     block = (rng.standard_normal(1 << 20) * 0.02).astype("float32")
     for name, weight in list(model.parameters()):

@@ -9,11 +9,9 @@ import numpy as np
 
 import ops
 from ops import Spec, Tensor, scope
-
 from ops.progress import tracked
 
 from . import rope
-
 from .errors import CheckpointError
 
 _SLOW_LOAD = 64 * 2**20  # bytes above which loading shows its progress
@@ -36,8 +34,8 @@ class Module:
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, list) and any(isinstance(each, Module) for each in value):
-            value = ModuleList(value)
+        if isinstance(value, list) and (not value or any(isinstance(each, Module) for each in value)):
+            value = ModuleList(value)  # an empty one too: modules may be appended to it
         if isinstance(value, (Module, ModuleList)):
             value._name = name
         object.__setattr__(self, name, value)
@@ -65,11 +63,15 @@ class Module:
                     yield f"{path}.{name}" if path else name, value
 
     def set_parameter(self, path: str, value: Tensor | Spec) -> None:
-        """Put a weight in its place by path."""
+        """Put a weight in its place by path. Raises KeyError where there is none."""
         *parents, name = path.split(".")
         module: Any = self
-        for part in parents:
-            module = list.__getitem__(module, int(part)) if isinstance(module, list) else getattr(module, part)
+        try:
+            for part in parents:
+                module = list.__getitem__(module, int(part)) if isinstance(module, list) else getattr(module, part)
+            getattr(module, name)
+        except (AttributeError, IndexError, ValueError):
+            raise KeyError(f"{type(self).__name__} has no weight {path!r}") from None
         setattr(module, name, value)
 
     @property
@@ -93,6 +95,8 @@ class ModuleList(list):
             yield self[i]
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         found = list.__getitem__(self, index)
         if isinstance(found, Module):
             found._name = f"{self._name}.{index if index >= 0 else index + len(self)}"
@@ -145,7 +149,7 @@ class Rotation(NamedTuple):
 class RotaryEmbedding:
     """Makes the `Rotation` of a forward. Some scalings depend on how many tokens there are in all."""
 
-    def __init__(self, parameters: Rope):
+    def __init__(self, parameters: rope.Rope):
         self.parameters = parameters
         self._made: dict[bytes, Tensor] = {}
 

@@ -59,6 +59,7 @@ class Tokenizer:
         path = Path(path)
         backend = _load_backend(path / "tokenizer.json")
         settings = _read_json(path / "tokenizer_config.json")
+        backend.encode_special_tokens = settings.get("split_special_tokens") is True  # text never matches them
         names = _read_json(path / "special_tokens_map.json") | {k: v for k, v in settings.items() if v is not None}
         bos_token, eos_token = _token_name(names, "bos_token", path), _token_name(names, "eos_token", path)
         bos_ids = _configured_ids(path, "bos_token_id") or _ids_of(backend, bos_token, path)
@@ -95,7 +96,8 @@ class Tokenizer:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
         backend.add_special_tokens(["<unk>", "<s>", "</s>"])
         backend.encode_special_tokens = True
-        return cls(backend, bos_id=1, eos_ids=(2,), bos_token="<s>", eos_token="</s>")
+        # Its training data put a bos between texts and no eos: run.c ends at bos.
+        return cls(backend, bos_id=1, eos_ids=(1, 2), bos_token="<s>", eos_token="</s>")
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids; `bos` adds the special tokens that the tokenizer itself adds, never a second bos.
@@ -142,8 +144,13 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write what `from_directory` reads: tokenizer.json, tokenizer_config.json, the ids and the template."""
         self.backend.save(str(directory / "tokenizer.json"))
-        settings = {"bos_token": self.bos_token or None, "eos_token": self.eos_token or None}
-        _write_json(directory / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token or None,
+            "eos_token": self.eos_token or None,
+            "split_special_tokens": self.backend.encode_special_tokens,
+        }
+        _write_json(directory / "tokenizer_config.json", settings)
         _write_json(
             directory / "generation_config.json", {"bos_token_id": self.bos_id, "eos_token_id": sorted(self.eos_ids)}
         )
@@ -159,16 +166,20 @@ class Detokenizer:
 
     A piece is given out once no later token can change it. Only a window is decoded: the tokens of the last piece
     (`_tokens[:_shown]`), which tell how the next one begins (SentencePiece drops a space only at the very start),
-    and those after it. Each token is so decoded a bounded number of times.
+    and those after it. Each token is so decoded a bounded number of times. `after` are ids whose text came before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
         self._byte_fallback = tokenizer.decode_tokens(["<0x41>"]) == "A"
-        self._tokens: list[str] = []
-        self._shown = 0
-        self._shown_text = ""
+        self._tokens = [
+            token for id in after[-8:] if id not in self._skipped and (token := tokenizer.id_to_token(id)) is not None
+        ]
+        self._shown = len(self._tokens)
+        self._shown_text = tokenizer.decode_tokens(self._tokens) if self._tokens else ""
+        if self._inside_character(self._shown_text):  # which comes whole, with what continues it
+            self._shown_text = self._shown_text.rstrip(REPLACEMENT)
 
     def add(self, id: int) -> str:
         """The text that has become final with this token, "" when there is none yet."""
@@ -229,7 +240,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{file} cannot be read: {_one_line(error)}. Download it again.") from error
     if not isinstance(content, dict):
         raise TokenizerError(f"{file} holds a {type(content).__name__}; expected a JSON object.")

@@ -12,14 +12,14 @@ def _set_threads() -> None:
 _set_threads()
 
 from . import scope  # noqa: E402
+from .attention import attention  # noqa: E402
 from .call import Call, Kernel  # noqa: E402
+from .embedding import cache_write, concat, embedding  # noqa: E402
 from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError  # noqa: E402
 from .intercept import Interceptor, install, intercepted  # noqa: E402
-from .norm import rms_norm  # noqa: E402
+from .linear import linear  # noqa: E402
+from .norm import layer_norm, rms_norm  # noqa: E402
 from .op import Op, like, op  # noqa: E402
-from .prepare import prepare  # noqa: E402
-from .select import Selector  # noqa: E402
-from .spec import Dim, Spec  # noqa: E402
 from .pointwise import (  # noqa: E402
     add,
     add_row,
@@ -39,4 +39,12 @@ from .pointwise import (  # noqa: E402
     sub,
     tanh,
 )
+from .prepare import prepare  # noqa: E402
+from .reduce import argmax, log_softmax, softmax, top_k  # noqa: E402
+from .rotary import rope  # noqa: E402
+from .select import Selector  # noqa: E402
+from .spec import Dim, Spec  # noqa: E402
 from .tensor import Tensor, empty, tensor, zeros  # noqa: E402
+
+__all__ = [
+]

@@ -10,23 +10,15 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script import builder as B
 
-from . import target
 from .errors import DTypeError, KernelError, ShapeError
 from .op import like, op
-from .schedule import vector
-from .schedule.vector import i64
-from .spec import FLOATS, Dim
+from .schedule import flash
+from .schedule.flash import LOWEST, capped, seen
+from .spec import FLOATS
 from .tensor import Tensor
-from .tir import exp, f32, tanh
+from .tir import exp, f32
 
-LOWEST = -3.0e38  # the score of what a query must not see: finite, so that differences of two are no NaN
-KEYS = 32  # keys a block
-COLUMNS = 64  # query rows times heads of a group, that a tile of the prefill kernel holds
-PARALLEL_WORK = 1 << 16  # bytes of cache below which a decode step runs on one thread
-OUT_OF_RANGE = "a position lies outside the cache; expected 0 <= position < rows of k"
 _OPEN = {"q": "n", "positions": "n", "k": "t", "v": "t"}
 
 
@@ -114,19 +106,6 @@ def _mix(probabilities, v):
     return np.einsum("nht,thd->nhd", probabilities.astype("float64"), v)
 
 
-def _capped(score: Any, softcap: float | None) -> Any:
-    """A score, or a vector of them, bounded by `softcap`."""
-    if softcap is None:
-        return score
-    cap, inverse = tirx.const(softcap, str(score.ty.dtype)), tirx.const(1 / softcap, str(score.ty.dtype))
-    return tanh(score * inverse) * cap
-
-
-def _seen(key: Any, position: Any, window: int | None) -> tirx.Expr:
-    """Whether the query at `position` sees `key`."""
-    return key <= position if window is None else tirx.And(key <= position, key > position - window)
-
-
 @attention.kernel
 def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
     heads, dim, v_dim, group = q.shape[1], q.shape[2], v.shape[2], q.shape[1] // k.shape[1]
@@ -165,8 +144,8 @@ def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
             with T.sblock("score"):
                 vi, vh, vp = T.axis.remap("SSS", [i, h, p])
                 score[vi, vh, vp] = T.if_then_else(
-                    _seen(vp, T.Cast("int64", P[vi]), window),
-                    _capped(product[vi, vh, vp] * T.float32(scale), softcap),
+                    seen(vp, T.Cast("int64", P[vi]), window),
+                    capped(product[vi, vh, vp] * T.float32(scale), softcap),
                     T.float32(LOWEST),
                 )
         for i, h, p in T.grid(n, heads, t):
@@ -179,7 +158,7 @@ def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
             with T.sblock("weight"):
                 vi, vh, vp = T.axis.remap("SSS", [i, h, p])
                 weight[vi, vh, vp] = T.if_then_else(
-                    _seen(vp, T.Cast("int64", P[vi]), window),
+                    seen(vp, T.Cast("int64", P[vi]), window),
                     exp(score[vi, vh, vp] - T.max(top[vi, vh], sink(S, vh))),
                     T.float32(0),
                 )
@@ -215,3 +194,6 @@ def _without(function: Any, index: int) -> Any:
     """A PrimFunc without a parameter that its body does not use."""
     parameters = [each for i, each in enumerate(function.params) if i != index]
     return tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
+
+
+attention.template("cpu")(flash.build)

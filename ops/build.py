@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from .op import Op
 
 _HERE = Path(__file__).parent
-_SHARED_SOURCES = ("build.py", "target.py", "tir.py", "schedule/cpu.py", "schedule/vector.py")
+_SHARED_SOURCES = ("build.py", "target.py", "tir.py", "schedule/*.py")
 
 
 class Text(str):
@@ -64,13 +65,14 @@ class Request:
 
     @property
     def arguments(self) -> str:
-        shown = [f"{n}={v}" for n, v in zip(self.op.parameters, self.specs, strict=False) if v is not None]
+        given = zip(self.op.parameters, self.specs, strict=False)
+        shown = [f"{n}={v.__name__ if isinstance(v, type) else v}" for n, v in given if v is not None]
         return ", ".join(shown + [f"{n}={v!r}" for n, v in sorted(self.constants.items())])
 
     @property
     def key(self) -> str:
         """A digest of all that the machine code depends on."""
-        parts = (self.op.name, self.arguments, _source_digest(self.op), target.describe(), _versions())
+        parts = (self.op.name, self.arguments, _source_digest(self.op.builders), target.describe(), _versions())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def blocks(self) -> Any:
@@ -217,16 +219,14 @@ def source(request: Request, language: str) -> Text:
 
 
 @functools.cache
-def _source_digest(op: Op) -> str:
-    """A digest of the files that the op's kernel is written in."""
-    files = [_HERE / name for name in _SHARED_SOURCES]
-    builders = [each for each in (op.rule, op._kernel, *op._templates.values()) if each is not None]
+def _source_digest(builders: tuple[Callable, ...]) -> str:
+    """A digest of the files that a kernel is written in."""
+    shared = [path for pattern in _SHARED_SOURCES for path in sorted(_HERE.glob(pattern))]
+    own = sorted({Path(inspect.getfile(each)) for each in builders})
     digest = hashlib.sha256()
-    for path in files + sorted({Path(inspect.getfile(each)) for each in builders}):
-        digest.update(path.read_bytes() if path.exists() else b"")
-    for builder in builders:
-        if not Path(inspect.getfile(builder)).exists():  # written in a notebook cell or at a prompt
-            digest.update(inspect.getsource(builder).encode())
+    for path in shared + own:
+        # What is written in a notebook depends on cells unknown here: it is compiled anew each time it is defined.
+        digest.update(path.read_bytes() if path.exists() else secrets.token_bytes(16))
     return digest.hexdigest()
 
 

@@ -75,17 +75,18 @@ class Call:
     def frame(self) -> FrameType | None:
         """The frame of the model's code that makes the call. Only while the call runs, and in its thread."""
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and not self._made_in(frame):  # past the code of the tool that asks
+        while frame is not None and not self._made_in(frame):  # past the code of the tools that look on
             frame = frame.f_back
         while frame is not None and not _is_users(frame):
             frame = frame.f_back
         return frame
 
     def _made_in(self, frame: FrameType) -> bool:
-        if not frame.f_code.co_filename.startswith(_HERE):
+        """True for the frame of `Op._observed` that this call, or the one it replaces, was made in."""
+        if frame.f_code.co_name != "_observed" or not frame.f_code.co_filename.startswith(_HERE):
             return False
         made = frame.f_locals.get("call")
-        return isinstance(made, Call) and (made.scope, made.op, made.ordinal) == (self.scope, self.op, self.ordinal)
+        return made is not None and (made.scope, made.op, made.ordinal) == (self.scope, self.op, self.ordinal)
 
     @property
     def source(self) -> str:

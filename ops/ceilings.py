@@ -9,6 +9,7 @@ import functools
 import time
 from collections.abc import Callable
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -17,7 +18,7 @@ from tvm.tirx.script import builder as T
 from . import target
 from .schedule import vector
 from .schedule.vector import Register, i64
-from .tensor import empty, zeros
+from .tensor import tensor, zeros
 
 _BYTES = 2**28  # read in one pass: several times a last-level cache
 _STREAMS = 4  # per thread
@@ -29,8 +30,9 @@ _SECONDS = 0.4  # spent on the measurement of one ceiling
 @functools.cache
 def read_bandwidth() -> float:
     """Bytes per second that all threads together read from memory: the floor of what streams weights."""
-    data, sums = empty((_BYTES // 4,)), zeros((target.threads() * target.lanes(),))
-    data.numpy()[::1024] = 1.0  # pages that nobody wrote would all be one page of zeros
+    values = np.empty(_BYTES // 4, "float32")  # NumPy asks for large pages, which read faster
+    values[::1024] = 1.0  # pages that nobody wrote would all be one page of zeros
+    data, sums = tensor(values), zeros((target.threads() * target.lanes(),))
     run = tvm.compile(_reader(data.size), target=target.host())["reader"]
     return _BYTES / _best(lambda: run(data.buffer.data, sums.buffer.data))
 
@@ -59,36 +61,34 @@ def _reader(size: int) -> tirx.PrimFunc:
     """Adds up `size` float32 values: each thread reads a few streams that lie far apart."""
     lanes, threads = target.lanes(), target.threads()
     length = size // (threads * _STREAMS * lanes)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("reader")
-            data = T.arg("data", T.buffer((size,), "float32", align=4))
-            out = T.arg("out", T.buffer((threads * lanes,), "float32", align=4))
-            with T.parallel(i64(0), i64(threads)) as thread:
-                sums = [Register(lanes) for _ in range(_STREAMS)]
-                with T.serial(i64(0), i64(length)) as i:
-                    for s, each in enumerate(sums):
-                        at = ((thread * _STREAMS + s) * length + i) * lanes
-                        each.value = each.value + vector.load(data, [at], lanes)
-                vector.store(out, [thread * lanes], sum(each.value for each in sums), lanes)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("reader")
+        data = T.arg("data", T.buffer((size,), "float32", align=4))
+        out = T.arg("out", T.buffer((threads * lanes,), "float32", align=4))
+        with T.parallel(i64(0), i64(threads)) as thread:
+            sums = [Register(lanes) for _ in range(_STREAMS)]
+            with T.serial(i64(0), i64(length)) as i:
+                for s, each in enumerate(sums):
+                    at = ((thread * _STREAMS + s) * length + i) * lanes
+                    each.value = each.value + vector.load(data, [at], lanes)
+            vector.store(out, [thread * lanes], sum(each.value for each in sums), lanes)
     return builder.get()
 
 
 def _multiplier() -> tirx.PrimFunc:
     """Chains of s = s * a + b, each thread its own."""
     lanes = target.lanes()
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("multiplier")
-            factors = T.arg("factors", T.buffer((2,), "float32", align=4))
-            out = T.arg("out", T.buffer((target.threads() * lanes,), "float32", align=4))
-            with T.parallel(i64(0), i64(target.threads())) as thread:
-                a, b = (T.bind(T.broadcast(factors[i], lanes)) for i in range(2))
-                sums = [Register(lanes) for _ in range(_CHAINS)]
-                for s, each in enumerate(sums):
-                    each.value = T.broadcast(tirx.const(float(s), "float32"), lanes)
-                with T.serial(i64(0), i64(_ROUNDS)):
-                    for each in sums:
-                        each.value = vector.fma(each.value, a, b, lanes)
-                vector.store(out, [thread * lanes], sum(each.value for each in sums), lanes)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("multiplier")
+        factors = T.arg("factors", T.buffer((2,), "float32", align=4))
+        out = T.arg("out", T.buffer((target.threads() * lanes,), "float32", align=4))
+        with T.parallel(i64(0), i64(target.threads())) as thread:
+            a, b = (T.bind(T.broadcast(factors[i], lanes)) for i in range(2))
+            sums = [Register(lanes) for _ in range(_CHAINS)]
+            for s, each in enumerate(sums):
+                each.value = T.broadcast(tirx.const(float(s), "float32"), lanes)
+            with T.serial(i64(0), i64(_ROUNDS)):
+                for each in sums:
+                    each.value = vector.fma(each.value, a, b, lanes)
+            vector.store(out, [thread * lanes], sum(each.value for each in sums), lanes)
     return builder.get()

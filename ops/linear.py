@@ -1,17 +1,17 @@
-"""Linear: y = x @ weight.T + bias. The weight is row-major [out, k], as checkpoints hold it, and often memory-mapped."""
+"""y = x @ weight.T + bias, with the weight row-major [out, k] and at any address, as a mapped checkpoint holds it."""
 
 from __future__ import annotations
 
-import numpy as np
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from . import target
+from . import tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
 from .schedule import gemm
-from .spec import FLOATS, Dim
+from .schedule.vector import i64
+from .spec import FLOATS
 from .tensor import Tensor
 
 
@@ -28,6 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             raise DTypeError(f"{name} is {each}, expected one of {', '.join(FLOATS)}")
         if each is not None and each.ndim != ndim:
             raise ShapeError(f"{name} is {each}, expected {ndim} dimensions")
+    if x.shape[1] == 0:
+        raise ShapeError(f"x is {x}, expected [n, k] with k > 0")
     if weight.shape[1] != x.shape[1]:
         raise ShapeError(f"weight is {weight}, expected [out, {x.shape[1]}] for x {x}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -41,23 +43,26 @@ def _(x, weight, bias=None):
     return y if bias is None else y + bias.astype("float64")
 
 
-@linear.template("cpu")
+@linear.kernel
 def _(x, weight, bias, out):
-    n = x.shape[0]
-    low, high = (n.low, n.high) if isinstance(n, Dim) else (n, n)
-    if 0 in weight.shape:
-        return None
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("linear")
-            size = tirx.Var("n", "int64")
-            X = T.arg("x", T.buffer((size, x.shape[1]), x.dtype, align=x.itemsize))
-            W = T.arg("weight", T.buffer(weight.shape, weight.dtype, align=weight.itemsize))
-            B = bias and T.arg("bias", T.buffer(bias.shape, bias.dtype, align=bias.itemsize))
-            Y = T.arg("out", T.buffer((size, weight.shape[0]), out.dtype, align=out.itemsize))
+    rows, k = map(i64, weight.shape)
+    n = tirx.Var("n", "int64")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("linear")
+        X = T.arg("x", T.buffer((n, x.shape[1]), x.dtype, align=x.itemsize))
+        W = T.arg("weight", T.buffer((rows, k), weight.dtype, align=weight.itemsize))
+        B = bias and T.arg("bias", T.buffer((rows,), bias.dtype, align=bias.itemsize))
+        Y = T.arg("out", T.buffer((n, out.shape[1]), out.dtype, align=out.itemsize))
 
-            def epilogue(token, row, value):
-                return value if B is None else value + B[row].astype("float32")
+        def dot(total: tirx.Expr, at: tuple) -> tirx.Expr:
+            token, row, r = at
+            return total + tir.f32(X[token, r]) * tir.f32(W[row, r])
 
-            gemm.emit(gemm.Product(X, W, Y, size, low, high, epilogue, target.lanes()))
+        sums = tir.folded("dot", (n, rows, k), tir.f32(0.0), dot)
+        with tir.block("bias", (n, rows)) as (token, row):
+            value = sums[token, row] if B is None else sums[token, row] + tir.f32(B[row])
+            T.buffer_store(Y, value.astype(out.dtype), [token, row])
     return builder.get()
+
+
+linear.template("cpu")(gemm.linear)

@@ -86,7 +86,7 @@ class Use:
 
 
 class Op(Generic[P, R]):
-    """An op: call it with tensors. `reference`, `tir`, `source` and `spec` show what it is; `use` replaces its kernel."""
+    """An op: call it with tensors. `reference`, `tir`, `source`, `spec` show what it is; `use` replaces its kernel."""
 
     def __init__(self, rule: Callable[P, R], symbolic: Symbolic, ranges: tuple[int, ...], writes: Collection[str]):
         self.name = rule.__name__
@@ -121,13 +121,16 @@ class Op(Generic[P, R]):
         except TypeError as error:
             raise OpError(f"{self._here}: a constant is a number, a string or a tuple, not {error}") from None
         if plan is None:
-            plan, args = self._first(key, args, constants)
+            plan, args = self._first(key, args, constants)  # type: ignore[assignment]
         if self._uses or intercept._installed or intercept._local.get():
             return self._observed(plan, args)
         try:
             if len(plan.outputs) == 1:
                 spec = plan.outputs[0]
-                buffer = spec.free.pop() if spec.free else memory.allocate(spec)
+                try:
+                    buffer = spec.free.pop()  # memory.allocate, without its call
+                except IndexError:
+                    buffer = memory.allocate(spec)
                 plan.run(*[a.buffer.data if type(a) is Tensor else a for a in args if a is not None], buffer.data)
                 return cast(R, _wrap(spec, buffer))
             outputs = tuple(_wrap(spec, memory.allocate(spec)) for spec in plan.outputs)
@@ -173,8 +176,8 @@ class Op(Generic[P, R]):
         return plan, bound
 
     def plan(self, args: tuple, constants: dict[str, Any]) -> Plan:
-        """The plan for bound arguments, made by the rule when their specs are new. A scalar stands as its type."""
-        specs = tuple(_spec(each, kind) for each, (kind, _) in zip(args, self._kinds, strict=False))
+        """The plan for bound arguments, made by the rule when their specs are new."""
+        specs = self._specs(args)
         key = (*specs, *constants.items())
         plan = self._plans.get(key)
         if plan is None:
@@ -182,6 +185,13 @@ class Op(Generic[P, R]):
                 self._plans.clear()
             plan = self._plans[key] = Plan(self, specs, constants, self._outputs(specs, constants))
         return plan
+
+    def _specs(self, args: tuple) -> tuple:
+        """What the rule gets for bound arguments: a spec for a tensor, the type for a scalar."""
+        return tuple(
+            each.spec if type(each) is Tensor else each if each is None or kind is Tensor else kind
+            for each, (kind, _) in zip(args, self._kinds, strict=False)
+        )
 
     def _bound(self, args: tuple, constants: Mapping[str, Any], also: type = Tensor) -> tuple[tuple, dict[str, Any]]:
         """Run-time arguments in order and all constants, defaults filled in; raises what the caller must mend.
@@ -255,8 +265,9 @@ class Op(Generic[P, R]):
 
     def spec(self, *args: Any, **constants: Any) -> Any:
         """Shapes and dtypes of the outputs for tensors or specs, symbolic sizes included; allocates nothing."""
-        plan = self.plan(*self._bound(args, constants, also=Spec))
-        return plan.outputs[0] if len(plan.outputs) == 1 else plan.outputs
+        args, constants = self._bound(args, constants, also=Spec)
+        outputs = self._outputs(self._specs(args), constants)
+        return outputs[0] if len(outputs) == 1 else outputs
 
     def reference(self, *args: Any, **constants: Any) -> Any:
         """Run the NumPy definition on tensors or arrays, in float32 or float64: outputs, then written arguments.
@@ -275,6 +286,7 @@ class Op(Generic[P, R]):
     def kernel(self, builder: Callable) -> Callable:
         """Registers the op's block definition: specs and constants to a PrimFunc of s_tir blocks."""
         self._kernel = builder
+        self._plans.clear()
         return builder
 
     def template(self, device: str) -> Callable[[Callable], Callable]:
@@ -282,9 +294,15 @@ class Op(Generic[P, R]):
 
         def register(builder: Callable) -> Callable:
             self._templates[device] = builder
+            self._plans.clear()
             return builder
 
         return register
+
+    @property
+    def builders(self) -> tuple[Callable, ...]:
+        """The functions that decide what the compiled kernel is."""
+        return tuple(each for each in (self.rule, self._kernel, *self._templates.values()) if each is not None)
 
     def composed(self, function: Callable) -> Callable:
         """Registers the op written with other ops: the steps that `steps()` runs."""
@@ -357,10 +375,6 @@ def _kind(op_name: str, parameter: inspect.Parameter) -> tuple[type, bool]:
     if names[0] not in kinds or names[1:] not in ([], ["None"]):
         raise TypeError(f"{op_name}: {parameter} must be annotated as Tensor, int or float, or one of them | None")
     return kinds[names[0]], len(names) > 1
-
-
-def _spec(value: Any, kind: type) -> Any:
-    return value.spec if type(value) is Tensor else value if value is None or kind is Tensor else kind
 
 
 def _type_name(value: Any) -> str:

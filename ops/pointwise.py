@@ -16,7 +16,7 @@ from . import tir
 from .errors import DTypeError, OpError, ShapeError
 from .op import Op, like, op
 from .spec import DTYPES, FLOATS, Spec
-from .tensor import Tensor
+from .tensor import Number, Tensor
 
 _rows = partial(op, ranges=(1, 2, 17))
 Approximation = Literal["none", "tanh"]
@@ -33,17 +33,20 @@ def blocks(name: str, function: Callable, parameters: Sequence[str], specs: Sequ
         shape = (tirx.Var("n", "int64"), *out.shape[1:])
         arguments = [_argument(*each, shape) for each in zip(parameters, specs, strict=True)]
         result = T.arg("out", T.buffer(shape, out.dtype, align=out.itemsize))
-        with T.grid(*shape) as loops, T.sblock(name):
-            axes = [T.axis.spatial(*each) for each in zip(shape, loops if len(shape) > 1 else [loops], strict=True)]
-            values = [a[tuple(axes[-len(a.shape) :])] if isinstance(a, tirx.Buffer) else a for a in arguments]
+        with tir.block(name, shape) as axes:
+            values = [argument(axes) for argument in arguments]
             T.buffer_store(result, function(*values).astype(out.dtype), axes)
     return builder.get()
 
 
-def _argument(name: str, spec: Any, shape: tuple) -> Any:
+def _argument(name: str, spec: Any, shape: tuple) -> Callable[[Sequence], Any]:
+    """Declares a parameter of the kernel; gives its value at axes."""
     if not isinstance(spec, Spec):
-        return T.arg(name, tirx.Var(name, "float32"))
-    return T.arg(name, T.buffer(shape if spec.ndim == len(shape) else spec.shape, spec.dtype, align=spec.itemsize))
+        scalar = T.arg(name, tirx.Var(name, "float32"))
+        return lambda axes: scalar
+    sizes = shape if spec.ndim == len(shape) else spec.shape
+    buffer = T.arg(name, T.buffer(sizes, spec.dtype, align=spec.itemsize))
+    return lambda axes: buffer[tuple(axes[-spec.ndim :])]
 
 
 def _defined(op: Op, function: Callable, reference: Callable | None = None) -> None:
@@ -53,7 +56,9 @@ def _defined(op: Op, function: Callable, reference: Callable | None = None) -> N
     @op.reference
     @wraps(compute)
     def _(*arrays, **constants):
-        return compute(*[a.astype("float64") if isinstance(a, np.ndarray) else a for a in arrays], **constants)
+        wide = [a.astype("float64") if isinstance(a, np.ndarray) else a for a in arrays]
+        with np.errstate(all="ignore"):  # inf and NaN are results here, as in the kernel
+            return compute(*wide, **constants)
 
     @op.kernel
     def _(*specs, **constants):
@@ -80,6 +85,8 @@ def _same(**tensors: Tensor) -> Tensor:
 
 def _row(x: Tensor, y: Tensor) -> Tensor:
     output = _same(x=x)
+    if x.ndim < 2:
+        raise ShapeError(f"x is {x}, expected rows: [n, ..., width]")
     if y.shape != x.shape[-1:]:
         raise ShapeError(f"y is {y}, expected [{x.shape[-1]}], the last axis of x {x}")
     if y.dtype != x.dtype:
@@ -228,6 +235,11 @@ def _numpy_silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def _castable(x: Any, dtype: str) -> Any:
+    # TVM rounds to bfloat16 by adding to the bits, which turns some NaNs into numbers.
+    return tirx.Select(tirx.isnan(x), tir.f32(math.nan), x) if dtype == "bfloat16" else x
+
+
 _defined(add, lambda x, y: x + y)
 _defined(sub, lambda x, y: x - y)
 _defined(mul, lambda x, y: x * y)
@@ -247,7 +259,7 @@ _defined(
     lambda gate, up, approximate: _gelu(gate, approximate) * up,
     lambda gate, up, approximate="none": _numpy_gelu(gate, approximate) * up,
 )
-_defined(cast, lambda x, dtype: x, lambda x, dtype: x.astype(DTYPES[dtype]))
+_defined(cast, _castable, lambda x, dtype: x.astype(DTYPES[dtype]))
 
 
 @copy.reference
@@ -260,41 +272,44 @@ def _(x, out):
     return blocks("copy", lambda x: x, copy.parameters, (x,), out)
 
 
-_NUMBERS = (int, float, np.integer, np.floating)
+def _number(y: Any) -> float:
+    if isinstance(y, (int, float, np.integer, np.floating)):
+        return float(y)
+    raise OpError(f"arithmetic takes tensors and numbers, not {type(y).__name__}; pass ops.tensor(...)")
 
 
-def _plus(x: Tensor, y: Tensor | float) -> Tensor:
+def _plus(x: Tensor, y: Tensor | Number) -> Tensor:
     if isinstance(y, Tensor):
         x, y = (y, x) if y.ndim > x.ndim else (x, y)
         return add(x, y) if x.ndim == y.ndim else add_row(x, y)
-    return offset(x, float(y)) if isinstance(y, _NUMBERS) else NotImplemented
+    return offset(x, _number(y))
 
 
-def _minus(x: Tensor, y: Tensor | float) -> Tensor:
-    if isinstance(y, Tensor):
-        return sub(x, y)
-    return offset(x, -float(y)) if isinstance(y, _NUMBERS) else NotImplemented
+def _minus(x: Tensor, y: Tensor | Number) -> Tensor:
+    return sub(x, y) if isinstance(y, Tensor) else offset(x, -_number(y))
 
 
-def _minus_from(x: Tensor, y: float) -> Tensor:
-    return offset(neg(x), float(y)) if isinstance(y, _NUMBERS) else NotImplemented
+def _minus_from(x: Tensor, y: Number) -> Tensor:
+    return offset(neg(x), _number(y))
 
 
-def _times(x: Tensor, y: Tensor | float) -> Tensor:
+def _times(x: Tensor, y: Tensor | Number) -> Tensor:
     if isinstance(y, Tensor):
         x, y = (y, x) if y.ndim > x.ndim else (x, y)
         return mul(x, y) if x.ndim == y.ndim else mul_row(x, y)
-    return scale(x, float(y)) if isinstance(y, _NUMBERS) else NotImplemented
+    return scale(x, _number(y))
 
 
-def _over(x: Tensor, y: Tensor | float) -> Tensor:
-    if isinstance(y, Tensor):
-        return div(x, y)
-    return scale(x, 1 / float(y)) if isinstance(y, _NUMBERS) else NotImplemented
+def _over(x: Tensor, y: Tensor | Number) -> Tensor:
+    return div(x, y) if isinstance(y, Tensor) else scale(x, 1 / _number(y))
+
+
+def _negative(x: Tensor) -> Tensor:
+    return neg(x)
 
 
 Tensor.__add__ = Tensor.__radd__ = _plus
 Tensor.__sub__, Tensor.__rsub__ = _minus, _minus_from
 Tensor.__mul__ = Tensor.__rmul__ = _times
 Tensor.__truediv__ = _over
-Tensor.__neg__ = lambda x: neg(x)
+Tensor.__neg__ = _negative

@@ -50,7 +50,7 @@ class Scope:
 
     def below(self, name: str) -> str:
         """The path of what is called `name` in here."""
-        return f"{self.path}.{name}" if self.path else name
+        return f"{self.path}.{name}" if self.path and name else self.path or name
 
     def __repr__(self) -> str:
         return f"<{self.path or 'model'} in pass {self.number}>"
@@ -96,9 +96,13 @@ def _pass_scope(chain: tuple[Interceptor, ...], scope: Scope, forward: Callable[
     first, rest = chain[0], chain[1:]
 
     def proceed(*args: Any, **kwargs: Any) -> Any:
+        given = scope.args, scope.constants
         scope.counts.clear()  # a second run numbers its calls from 0 again
         scope.args, scope.constants = args, kwargs
-        return _pass_scope(rest, scope, forward)
+        try:
+            return _pass_scope(rest, scope, forward)
+        finally:
+            scope.args, scope.constants = given
 
     return _inside(scope.of_tool(first), first.scope, scope, proceed)
 

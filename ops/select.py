@@ -112,7 +112,8 @@ def _word(word: str, text: str) -> Callable[[Call], bool]:
     key, _, value = word.partition("=")
     if key not in _WORDS or not _WORDS[key].fullmatch(value):
         raise SelectorError(
-            f"selector {text!r}: {word!r} is not understood; further words are as dtype=float32, rows=1, shape=1x64"
+            f"selector {text!r}: {word!r} is not understood; further words are as rows=1, shape=1x64, dtype=float32 "
+            f"(the dtypes are {', '.join(DTYPES)})"
         )
 
     def matches(call: Call) -> bool:

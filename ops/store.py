@@ -88,7 +88,7 @@ def find(key: str) -> tuple[Path | None, str]:
         digest = json.loads(record.read_text())["digest"]
         if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             raise ValueError("digest")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None, "not in the disk cache"
     except (OSError, ValueError, KeyError, TypeError):
         _remove(folder, key)

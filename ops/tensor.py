@@ -11,6 +11,7 @@ from . import memory
 from .errors import DTypeError, OpError, ShapeError
 from .spec import DTYPES, Spec
 
+Number = float | np.integer | np.floating
 _STORAGE = {"bfloat16": "uint16"}  # NumPy's bfloat16 has no DLPack: it travels as its bits
 
 
@@ -27,7 +28,7 @@ class Tensor:
     buffer: Any  # memory.Buffer
     owner: Any  # what keeps the memory alive; None when it is a buffer of the pool
 
-    def __init__(self, *_):
+    def __new__(cls, *_: Any, **__: Any) -> Tensor:
         raise OpError("Tensor(...) is not called directly; use ops.tensor(array), ops.empty(shape) or ops.zeros(shape)")
 
     def __del__(self):
@@ -120,7 +121,7 @@ class Tensor:
         return _wrap(spec, memory.view(spec, self.buffer), owner=self)
 
     def __getitem__(self, index) -> Tensor:
-        """A view along leading dimensions: `x[3]`, `x[2:5]`, `x[0, 1:]`. A step other than 1 would not be contiguous."""
+        """A view along leading dimensions: `x[3]`, `x[2:5]`, `x[0, 1:]`. It is contiguous, so steps are 1."""
         spec, offset = _leading_view(self.spec, index if isinstance(index, tuple) else (index,))
         return _wrap(spec, memory.view_at(spec, self.buffer, offset), owner=self)
 
@@ -137,14 +138,14 @@ class Tensor:
     # Arithmetic calls ops, and those are made of tensors: `ops/pointwise.py` sets these methods when it is imported.
     if TYPE_CHECKING:
 
-        def __add__(self, other: Tensor | float) -> Tensor: ...
-        def __radd__(self, other: Tensor | float) -> Tensor: ...
-        def __sub__(self, other: Tensor | float) -> Tensor: ...
-        def __rsub__(self, other: float) -> Tensor: ...
-        def __mul__(self, other: Tensor | float) -> Tensor: ...
-        def __rmul__(self, other: Tensor | float) -> Tensor: ...
-        def __truediv__(self, other: Tensor | float) -> Tensor: ...
-        def __neg__(self) -> Tensor: ...
+        def __add__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __radd__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __sub__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __rsub__(self, other: Number, /) -> Tensor: ...
+        def __mul__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __rmul__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __truediv__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __neg__(self, /) -> Tensor: ...
 
     def __repr__(self) -> str:
         from .display import text
@@ -203,8 +204,8 @@ def zeros(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
 def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
     """A tensor over `array`: NumPy or anything with DLPack (no copy), a tensor, a number or nested lists.
 
-    Copied only where sharing is impossible: a read-only array, or another `dtype` asked for. Raises ShapeError for an
-    array that is not contiguous and DTypeError for a dtype that no op takes.
+    Copied only where sharing is impossible: a read-only or unaligned array, or another `dtype` asked for. Raises
+    ShapeError for an array that is not contiguous and DTypeError for a dtype that no op takes.
     """
     if device != "cpu":
         raise OpError(f"device {device!r} is not supported; this build runs on 'cpu'")
@@ -223,7 +224,7 @@ def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
         raise DTypeError(f"no op takes {array.dtype}; convert with array.astype(...) to one of {', '.join(DTYPES)}")
     if not array.flags.c_contiguous:
         raise ShapeError(f"the array of shape {array.shape} is not contiguous; pass np.ascontiguousarray(array)")
-    if not array.flags.writeable:
+    if not (array.flags.writeable and array.flags.aligned):
         array = array.copy()
     spec = Spec(array.shape, name)
     if array.size == 0:

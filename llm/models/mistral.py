@@ -102,5 +102,6 @@ class Mistral(Model):
         for i, layer in enumerate(self.layers):
             x = layer(x, rotate, cache[i])
         x = self.norm(x[-logits_to_keep:])
+        logits = ops.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
         cache.commit(len(ids))
-        return ops.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return logits

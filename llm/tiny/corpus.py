@@ -52,8 +52,6 @@ WEATHER = [
     ("It was a warm day.", "The warm day was over and the moon came out."),
 ]
 
-STORIES = 0.3  # of the documents; the others are facts
-
 
 class Thing(NamedTuple):
     """`{x}` in a template reads "red ball", `{x.a}` reads "a red ball"."""
@@ -82,10 +80,22 @@ class Person:
 
 
 class Document(NamedTuple):
-    """`answers` are the spans of the text that follow from what stands before them."""
+    """`answers` are the offsets in the text where a word starts that follows from what stands before it."""
 
     text: str
-    answers: list[tuple[int, int]]
+    answers: set[int]
+
+
+class Mix(NamedTuple):
+    """Which documents are drawn: the share of stories; among the others, the facts, the share about two things; how
+    likely another sentence comes between two facts, and how likely a thing moves on."""
+
+    stories: float = 0.35
+    two_things: float = 0.25
+    noise: float = 0.35
+
+
+FULL = Mix()
 
 
 class Question(NamedTuple):
@@ -324,55 +334,61 @@ def story(world: World) -> tuple[list[str], list[str], list[Thing]]:
     return body, [tell(beat) for beat in ENDING.split("\n")], list(world.owner)
 
 
-def facts(world: World) -> tuple[list[str], list[Thing]]:
-    """Plain sentences about one to three things that change hands, with others in between."""
+def facts(world: World, mix: Mix) -> tuple[list[str], list[Thing]]:
+    """Plain sentences about things that change hands, and those things."""
     rng = world.rng
     told = []
-    for _ in range(rng.choice([1, 1, 2, 2, 3])):
+    for _ in range(1 + (rng.random() < mix.two_things)):
         giver = rng.choice(world.people) if world.people and rng.random() < 0.3 else world.person()
         thing = world.thing(giver)
         told.append(world.transfer(thing, giver, world.receiver(giver, thing)))
-        told += [world.filler() for _ in range(rng.choice([0, 0, 1, 2]))]
-        while rng.random() < 0.3:
+        while rng.random() < mix.noise:
+            told.append(world.filler())
+        while rng.random() < mix.noise:
             owner = world.owner[thing]
             if rng.random() < 0.5 or not world.receivers(owner, thing):
                 told.append(world.give_back(thing))
             else:
                 told.append(world.transfer(thing, owner, world.receiver(owner, thing)))
-            told += [world.filler() for _ in range(rng.choice([0, 0, 1]))]
+            if rng.random() < mix.noise:
+                told.append(world.filler())
     return told, list(world.owner)
 
 
-def document(rng: random.Random) -> Document:
+def document(rng: random.Random, mix: Mix) -> Document:
     """A story, or facts and what follows from them."""
     world = World(rng, held_out=False)
-    if rng.random() < STORIES:
+    if rng.random() < mix.stories:
         told, ending, things = story(world)
         asked, count = STATED, 2
     else:
-        told, things = facts(world)
-        ending, asked, count = [], ASKED, rng.randint(2, 6)
-    text, answers = " ".join(told), []
+        told, things = facts(world, mix)
+        ending, asked, count = [], ASKED, rng.randint(2, 5)
+    text, answers = " ".join(told), set()
     for _ in range(count):
         question, rest = world.question(rng.choice(things), asked)
         if question.prompt in text:  # what is said twice teaches the model to go round in circles
             continue
-        text += f" {question.prompt}{question.answer}"
-        answers.append((len(text) - len(question.answer), len(text)))
-        text += rest
+        text += f" {question.prompt}"
+        answers.add(len(text))
+        text += question.answer + rest
     return Document(" ".join((text, *ending)), answers)
 
 
-def documents(seed: int) -> Iterator[Document]:
-    """The corpus: without end, the same for the same seed."""
+def documents(seed: int, mix: Mix = FULL) -> Iterator[Document]:
+    """The corpus: without end, the same for the same arguments."""
     rng = random.Random(seed)
     while True:
-        yield document(rng)
+        yield document(rng, mix)
 
 
-def held_out_questions(count: int, seed: int) -> list[Question]:
-    """Questions whose every transfer is a combination that no document holds: half after facts, half within a story."""
+def held_out_questions(count: int, seed: int, *, two_things: bool = False) -> list[Question]:
+    """Questions whose every transfer is a combination that no document holds: half after facts, half within a story.
+
+    The facts are about one thing, which may change hands repeatedly with other sentences in between, or about two.
+    """
     rng = random.Random(seed)
+    mix = FULL._replace(two_things=float(two_things))
     questions = []
     for index in range(count):
         world = World(rng, held_out=True)
@@ -380,7 +396,7 @@ def held_out_questions(count: int, seed: int) -> list[Question]:
         if context == "story":
             told, _, things = story(world)
         else:
-            told, things = facts(world)
+            told, things = facts(world, mix)
         question, _ = world.question(rng.choice(things), STATED if context == "story" else ASKED)
         questions.append(question._replace(prompt=" ".join((*told, question.prompt)), context=context))
     return questions

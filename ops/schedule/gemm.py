@@ -1,8 +1,8 @@
 """y = x @ weight.T on the CPU, with the weight row-major as checkpoints hold it: tiles of dot products.
 
-A tile is some tokens by some weight rows, with one vector of partial sums in a register for each pair and its lanes
-along k. After every BLOCK of k the lanes are summed and the sum is added to the pair's total. All kernels add in that
-order, so a token's result is the same to the bit however many tokens come with it.
+A tile is a few tokens by a few weight rows. Each pair of them has a vector of partial sums in a register, its lanes
+along k. After every BLOCK of k the lanes are summed, and the sum is added to the pair's total. All kernels add in this
+order, so that a token's result is the same to the bit however many tokens come with it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .. import target
+from ..spec import Dim, Spec
 from . import vector
 from .cpu import PARALLEL_WORK
 from .vector import Register, i64
 
-FAR, AHEAD = True, 0
-BLOCK = 1024  # of k: two tiles' worth of vectors fit in the first-level cache
-TOKENS_BYTES = 384 * 2**10  # of float32 activations, which stay in the second-level cache
-CHUNK_ROWS = 256  # weight rows that a thread goes through before it starts on the next block of k
-
-Epilogue = Callable[[Any, Any, Any], Any]
+BLOCK = 1024  # of k
+FEW = 16  # tokens, up to which reading the weight takes longer than multiplying it
+TOKEN_BYTES = 384 * 2**10  # of packed activations, which stay in a core's second-level cache
+CHUNK_ROWS = 256  # weight rows that a thread takes at a time when tokens are many
 
 
 @dataclass(frozen=True)
 class Product:
-    """The product to compute: x [n, k], weight [out, k], y [n, out], and what is done to an element before it is stored.
+    """The product to compute: x [n, k], weight [rows, k] and y [n, rows] are buffers, n lies in `low` to `high`.
 
-    `epilogue(token, row, value)` takes and gives float32. `low` and `high` bound n; no `high` is no bound.
+    `epilogue(token, row, value)` is what y holds, as float32, of a sum `value`. `high` is None when n has no bound.
     """
 
     x: Any
@@ -40,8 +40,7 @@ class Product:
     n: Any
     low: int
     high: int | None
-    epilogue: Epilogue
-    lanes: int
+    epilogue: Callable[[Any, Any, Any], Any]
 
     @property
     def rows(self) -> int:
@@ -52,157 +51,197 @@ class Product:
         return int(self.weight.shape[1])
 
     @property
+    def lanes(self) -> int:
+        return target.lanes()
+
+    @property
     def vectors(self) -> int:
-        """How many vectors hold a row, the last one perhaps in part."""
-        return -(-self.k // self.lanes)
+        """How many vectors hold a row; the last one may be filled in part."""
+        return _ceil(self.k, self.lanes)
 
     @property
     def block(self) -> int:
-        """How many vectors are in a block of k."""
+        """How many vectors a block of k has; the last block may have fewer."""
         return min(BLOCK // self.lanes, self.vectors)
 
     @property
     def blocks(self) -> int:
-        return -(-self.vectors // self.block)
+        return _ceil(self.vectors, self.block)
 
     @property
     def threads(self) -> int:
         return target.threads() if self.low * self.rows * self.k >= PARALLEL_WORK else 1
 
 
+def linear(x: Spec, weight: Spec, bias: Spec | None, out: Spec) -> tirx.PrimFunc | None:
+    """The fast kernel of `ops.linear` for these specs; None when the weight has no rows."""
+    if weight.shape[0] == 0:
+        return None
+    size = x.shape[0]
+    low, high = (size.low, size.high) if isinstance(size, Dim) else (size, size)
+    rows, k = map(i64, weight.shape)
+    n = tirx.Var("n", "int64")
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("linear")
+        X = T.arg("x", T.buffer((n, x.shape[1]), x.dtype, align=x.itemsize))
+        W = T.arg("weight", T.buffer((rows, k), weight.dtype, align=weight.itemsize))
+        B = bias and T.arg("bias", T.buffer((rows,), bias.dtype, align=bias.itemsize))
+        Y = T.arg("out", T.buffer((n, out.shape[1]), out.dtype, align=out.itemsize))
+
+        def add_bias(_: Any, row: Any, value: Any) -> Any:
+            return value if B is None else value + B[row].astype("float32")
+
+        emit(Product(X, W, Y, n, low, high, add_bias))
+    return builder.get()
+
+
 def emit(product: Product) -> None:
-    """The loops for `product`: to be called inside a prim_func of IRBuilder."""
-    if product.high is not None and product.high <= 16:
-        _stream(product, 1 if product.high == 1 else 4, 4)
+    """The loops of `product`, for the body of a prim_func that IRBuilder makes."""
+    # The tiles that measured best: sums, one operand's vectors and one more just fit in the registers.
+    many = target.registers() == 32
+    if product.high == 1:
+        _stream(product, 1, 4)
+    elif product.high is not None and product.high <= FEW:
+        _stream(product, 4 if many else 2, 6)
     else:
-        _blocked(product, *((4, 4) if target.registers() == 32 else (3, 4)))
+        _blocked(product, 4 if many else 3, 4)
 
 
 def _stream(p: Product, mt: int, nt: int) -> None:
-    """Few tokens: the weight's bytes are what takes time. Each thread reads `nt` streams of rows that lie far apart."""
-    tiles = -(-p.high // mt)
-    length = -(-p.rows // (p.threads * nt))
-    with _threads(p.threads) as thread:
-        tokens = T.alloc_buffer((tiles * p.vectors * mt, p.lanes), "float32", scope="global")
-        totals = T.alloc_buffer((mt * nt,), "float32", scope="global")
-        used = T.bind((p.n + i64(mt - 1)) // i64(mt))
-        _pack(p, p.x, p.n - 1, i64(0), used, mt, tokens, i64(0), i64(p.vectors))
+    """Few tokens: every weight is read once, from memory. A thread reads `nt` streams of rows that lie far apart."""
+    length = _ceil(p.rows, p.threads * nt)
+    with _loop(p.threads, p.threads > 1) as thread:
+        tiles = T.bind(_ceil(p.n, mt))
+        tokens = _Panel(p, p.x, p.n, _ceil(p.high, mt), mt, p.vectors)
+        tokens.fill(i64(0), tiles, i64(0), i64(p.vectors))
+        totals = T.alloc_buffer((mt, nt), "float32", scope="global")
         with T.serial(i64(0), i64(length)) as i:
-            rows = [T.bind((thread * nt + s) * length + i if FAR else (thread * length + i) * nt + s) for s in range(nt)]
-            safe = [T.bind(tirx.min(row, i64(p.rows - 1))) for row in rows]
-            with T.serial(i64(0), used) as tile:
-                for pair in range(mt * nt):
-                    T.buffer_store(totals, tirx.const(0.0, "float32"), [pair])
+            rows = [T.bind(tirx.min((thread * nt + s) * length + i, i64(p.rows - 1))) for s in range(nt)]
+            with T.serial(i64(0), tiles) as tile:
+                with T.grid(i64(mt), i64(nt)) as pair:
+                    T.buffer_store(totals, tirx.const(0.0, "float32"), list(pair))
                 with T.serial(i64(0), i64(p.blocks)) as block:
-                    sums = _dots_in_memory(p, mt, safe, tokens, tile, block)
-                    for pair, value in enumerate(sums):
-                        T.buffer_store(totals, totals[pair] + value, [pair])
-                for m in range(mt):
-                    for s in range(nt):
-                        _store(p, tile * mt + m, rows[s], totals[m * nt + s], mt > 1, p.threads * nt * length > p.rows)
+                    for pair, value in _sums_in_memory(p, tokens, tile, rows, block).items():
+                        T.buffer_store(totals, totals[pair] + value, pair)
+                with T.grid(tirx.min(p.n - tile * mt, i64(mt)), i64(nt)) as (m, s):
+                    row = T.bind((thread * nt + s) * length + i)
+                    with T.If(row < p.rows), T.Then():
+                        _store(p, tile * mt + m, row, totals[m, s])
 
 
-def _dots_in_memory(p: Product, mt: int, rows: list, tokens: Any, tile: Any, block: Any) -> list:
-    """The sums of a tile over a block of k, weight rows read where they are."""
-    whole = p.k // p.lanes
-    sums = [[Register(p.lanes) for _ in rows] for _ in range(mt)]
+def _sums_in_memory(p: Product, tokens: _Panel, tile: Any, rows: list, block: Any) -> dict[tuple, tirx.Expr]:
+    """The sums of a tile over a block of k, with the weight rows read where they are."""
+    sums = _registers(p, tokens.height, len(rows))
 
-    def step(v: Any, count: int | None = None) -> None:
-        x = [T.bind(tokens.vload([(tile * p.vectors + v) * mt + m, 0], f"float32x{p.lanes}")) for m in range(mt)]
-        for s, row in enumerate(rows):
-            w = T.bind(vector.load(p.weight, [row, v * p.lanes], p.lanes, count))
-            if AHEAD and count is None:
-                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", T.address_of(p.weight[row, v * p.lanes + i64(AHEAD)]), 0, 3, 1))
-            for m in range(mt):
-                sums[m][s].value = vector.fma(x[m], w, sums[m][s].value, p.lanes)
+    def step(v: Any, count: int = p.lanes) -> None:
+        weights = (T.bind(vector.load(p.weight, [row, v * p.lanes], p.lanes, count)) for row in rows)
+        _multiply(p, sums, [tokens.load(tile, v, m) for m in range(tokens.height)], weights)
 
     first = T.bind(block * p.block)
+    whole = p.k // p.lanes
     with T.serial(i64(0), tirx.min(i64(whole) - first, i64(p.block))) as v:
         step(first + v)
     if whole < p.vectors:
         with T.If(block == p.blocks - 1), T.Then():
             step(i64(whole), p.k % p.lanes)
-    return [vector.lane_sum(each.value, p.lanes) for row in sums for each in row]
+    return {pair: vector.lane_sum(each.value, p.lanes) for pair, each in sums.items()}
 
 
 def _blocked(p: Product, mt: int, nt: int) -> None:
-    """Many tokens: the multiplications are what takes time. A block of both operands is packed and used often."""
-    tiles = max(1, TOKENS_BYTES // (4 * p.lanes * p.block * mt))
-    per_thread = -(-p.rows // p.threads)
-    chunks = p.threads * -(-per_thread // CHUNK_ROWS)
-    length = -(-p.rows // chunks // nt) * nt if p.rows % chunks == 0 else -(-(p.rows // chunks + 1) // nt) * nt
-    with _threads(chunks) as chunk:
-        tokens = T.alloc_buffer((tiles * p.block * mt, p.lanes), "float32", scope="global")
-        weights = T.alloc_buffer((p.block * nt, p.lanes), "float32", scope="global")
-        totals = T.alloc_buffer((tiles * mt, length), "float32", scope="global")
-        start = T.bind(chunk * length)
-        rows = T.bind(tirx.max(tirx.min(i64(p.rows) - start, i64(length)), i64(0)))
-        with T.serial(i64(0), (p.n + i64(tiles * mt - 1)) // i64(tiles * mt)) as outer:
-            token = T.bind(outer * (tiles * mt))
+    """Many tokens: blocks of both operands are packed, converted once, and multiplied out of the caches."""
+    tiles = max(1, TOKEN_BYTES // (4 * p.lanes * p.block * mt))
+    chunk_rows = nt * _ceil(_ceil(p.rows, p.threads * _ceil(p.rows, p.threads * CHUNK_ROWS)), nt)
+    with _loop(_ceil(p.rows, chunk_rows), p.threads > 1) as chunk:
+        tokens = _Panel(p, p.x, p.n, tiles, mt, p.block)
+        weights = _Panel(p, p.weight, i64(p.rows), 1, nt, p.block)
+        totals = T.alloc_buffer((tiles * mt, chunk_rows), "float32", scope="global")
+        row = T.bind(chunk * chunk_rows)
+        rows = T.bind(tirx.min(i64(p.rows) - row, i64(chunk_rows)))
+        with T.serial(i64(0), _ceil(p.n, tiles * mt)) as group:
+            token = T.bind(group * (tiles * mt))
             count = T.bind(tirx.min(p.n - token, i64(tiles * mt)))
-            used = T.bind((count + i64(mt - 1)) // i64(mt))
             with T.serial(i64(0), i64(p.blocks)) as block:
                 first = T.bind(block * p.block)
                 width = T.bind(tirx.min(i64(p.vectors) - first, i64(p.block)))
-                _pack(p, p.x, p.n - 1, token, used, mt, tokens, first, width)
-                with T.serial(i64(0), (rows + i64(nt - 1)) // i64(nt)) as j:
-                    _pack(p, p.weight, i64(p.rows - 1), start + j * nt, i64(1), nt, weights, first, width)
-                    with T.serial(i64(0), used) as tile:
-                        sums = _dots_packed(p, mt, nt, tokens, weights, tile, width)
-                        for m in range(mt):
-                            for s in range(nt):
-                                at = [tile * mt + m, j * nt + s]
-                                old = tirx.Select(block == 0, tirx.const(0.0, "float32"), totals[at[0], at[1]])
-                                T.buffer_store(totals, old + sums[m * nt + s], at)
-            with T.serial(i64(0), count) as m, T.serial(i64(0), rows) as j:
-                _store(p, token + m, start + j, totals[m, j], False, False)
+                tokens.fill(token, _ceil(count, mt), first, width)
+                with T.serial(i64(0), _ceil(rows, nt)) as j:
+                    weights.fill(row + j * nt, i64(1), first, width)
+                    with T.serial(i64(0), _ceil(count, mt)) as tile:
+                        for (m, s), value in _sums_packed(p, tokens, tile, weights, width).items():
+                            at = [tile * mt + m, j * nt + s]
+                            before = tirx.Select(block == 0, tirx.const(0.0, "float32"), totals[at])
+                            T.buffer_store(totals, before + value, at)
+            with T.grid(count, rows) as (m, s):
+                _store(p, token + m, row + s, totals[m, s])
 
 
-def _dots_packed(p: Product, mt: int, nt: int, tokens: Any, weights: Any, tile: Any, width: Any) -> list:
-    """The sums of a tile over a block of k, both operands packed."""
-    sums = [[Register(p.lanes) for _ in range(nt)] for _ in range(mt)]
-    kind = f"float32x{p.lanes}"
+def _sums_packed(p: Product, tokens: _Panel, tile: Any, weights: _Panel, width: Any) -> dict[tuple, tirx.Expr]:
+    """The sums of a tile over a block of k, with both operands packed."""
+    sums = _registers(p, tokens.height, weights.height)
     with T.serial(i64(0), width) as v:
-        w = [T.bind(weights.vload([v * nt + s, 0], kind)) for s in range(nt)]
-        for m in range(mt):
-            x = T.bind(tokens.vload([(tile * width + v) * mt + m, 0], kind))
-            for s in range(nt):
-                sums[m][s].value = vector.fma(x, w[s], sums[m][s].value, p.lanes)
-    return [vector.lane_sum(each.value, p.lanes) for row in sums for each in row]
+        rows = (weights.load(i64(0), v, s) for s in range(weights.height))
+        _multiply(p, sums, [tokens.load(tile, v, m) for m in range(tokens.height)], rows)
+    return {pair: vector.lane_sum(each.value, p.lanes) for pair, each in sums.items()}
 
 
-def _pack(
-    p: Product, source: Any, last: Any, row: Any, tiles: Any, height: int, packed: Any, first: Any, width: Any
-) -> None:
-    """Vectors `first` to `first + width` of `tiles` tiles of `height` rows from `row` on, as one stream per tile.
+class _Panel:
+    """Scratch for rows of a matrix as float32 vectors: tiles of `height` rows, each in the order a tile reads it."""
 
-    Rows past `last` repeat it; a vector that is there in part is filled up with zeros.
-    """
-    whole = p.k // p.lanes
-    with T.serial(i64(0), tiles) as tile:
-        safe = [T.bind(tirx.min(row + tile * height + r, last)) for r in range(height)]
-        with T.serial(i64(0), tirx.min(i64(whole) - first, width)) as v:
-            for r in range(height):
-                value = vector.load(source, [safe[r], (first + v) * p.lanes], p.lanes)
-                vector.store(packed, [(tile * width + v) * height + r, 0], value, p.lanes)
-        if whole < p.vectors:
-            with T.If(first + width == p.vectors), T.Then():
-                for r in range(height):
-                    value = vector.load(source, [safe[r], i64(whole * p.lanes)], p.lanes, p.k % p.lanes)
-                    vector.store(packed, [(tile * width + width - 1) * height + r, 0], value, p.lanes)
+    def __init__(self, p: Product, source: Any, rows: Any, tiles: int, height: int, width: int):
+        self.p, self.source, self.rows, self.height, self.width = p, source, rows, height, width
+        self.buffer = T.alloc_buffer((tiles * width * height, p.lanes), "float32", scope="global")
+
+    def load(self, tile: Any, v: Any, r: int) -> tirx.Expr:
+        """Vector `v` of row `r` of a tile."""
+        return T.bind(vector.load(self.buffer, [self._at(tile, v, r), i64(0)], self.p.lanes))
+
+    def _at(self, tile: Any, v: Any, r: int) -> Any:
+        return (tile * self.width + v) * self.height + r
+
+    def fill(self, row: Any, tiles: Any, first: Any, width: Any) -> None:
+        """Pack `tiles` tiles of rows from `row` on, their vectors `first` to `first + width`.
+
+        Past the last row it is repeated; a vector that is there in part is filled up with zeros.
+        """
+        p, whole = self.p, self.p.k // self.p.lanes
+        with T.serial(i64(0), tiles) as tile:
+            rows = [T.bind(tirx.min(row + tile * self.height + r, self.rows - 1)) for r in range(self.height)]
+
+            def copy(v: Any, count: int = p.lanes) -> None:
+                for r in range(self.height):
+                    value = vector.load(self.source, [rows[r], (first + v) * p.lanes], p.lanes, count)
+                    vector.store(self.buffer, [self._at(tile, v, r), i64(0)], value, p.lanes)
+
+            with T.serial(i64(0), tirx.min(i64(whole) - first, width)) as v:
+                copy(v)
+            if whole < p.vectors:
+                with T.If(first + width == p.vectors), T.Then():
+                    copy(width - 1, p.k % p.lanes)
 
 
-def _store(p: Product, token: Any, row: Any, value: Any, check_token: bool, check_row: bool) -> None:
-    def write() -> None:
-        T.buffer_store(p.y, p.epilogue(token, row, value).astype(str(p.y.dtype)), [token, row])
-
-    checks = [token < p.n] * check_token + [row < p.rows] * check_row
-    if not checks:
-        write()
-        return
-    with T.If(checks[0] if len(checks) == 1 else tirx.all(*checks)), T.Then():
-        write()
+def _pairs(mt: int, nt: int) -> list[tuple[int, int]]:
+    return [(m, s) for m in range(mt) for s in range(nt)]
 
 
-def _threads(count: int) -> Any:
-    return T.parallel(i64(0), i64(count)) if count > 1 else T.serial(i64(0), i64(1))
+def _registers(p: Product, mt: int, nt: int) -> dict[tuple, Register]:
+    return {pair: Register(p.lanes) for pair in _pairs(mt, nt)}
+
+
+def _multiply(p: Product, sums: dict[tuple, Register], tokens: list, weights: Any) -> None:
+    """One step along k: each weight vector is used with all tokens before the next one is loaded."""
+    for s, weight in enumerate(weights):
+        for m, token in enumerate(tokens):
+            sums[m, s].value = vector.fma(token, weight, sums[m, s].value, p.lanes)
+
+
+def _store(p: Product, token: Any, row: Any, value: Any) -> None:
+    T.buffer_store(p.y, p.epilogue(token, row, value).astype(p.y.dtype), [token, row])
+
+
+def _loop(count: int, parallel: bool) -> Any:
+    return (T.parallel if parallel else T.serial)(i64(0), i64(count))
+
+
+def _ceil(value: Any, divisor: int) -> Any:
+    """value / divisor, rounded up: for an int or an expression."""
+    return (value + divisor - 1) // divisor

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.tirx.script import builder as T
 from tvm.target import codegen
+from tvm.tirx.script import builder as T
 
 
 def i64(value: int) -> tirx.IntImm:

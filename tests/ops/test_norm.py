@@ -20,3 +20,31 @@ def test_rms_norm_refuses_a_weight_of_another_width(rng):
     x, weight = ops.tensor(random(rng, (2, 8), "float32")), ops.tensor(random(rng, (9,), "float32"))
     with pytest.raises(ops.ShapeError, match=r"rms_norm: weight is float32\[9\], expected \[8\]"):
         ops.rms_norm(x, weight, eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("n, width", [(1, 1), (1, 64), (3, 33), (17, 100), (40, 2048)])
+def test_layer_norm(rng, dtype, n, width):
+    x, weight, bias = random(rng, (n, width), dtype) + 3, random(rng, (width,), dtype), random(rng, (width,), dtype)
+    x = x.astype(weight.dtype)
+    check(ops.layer_norm, x, weight, bias, eps=1e-5)
+    check(ops.layer_norm, x, weight, eps=1e-5)
+    check(ops.layer_norm, x, weight.astype("float32"), bias.astype("float32"), eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias, error, message",
+    [
+        ((2, 8), 9, 8, ops.ShapeError, r"layer_norm: weight is float32\[9\], expected \[8\]"),
+        ((2, 8), 8, 7, ops.ShapeError, r"layer_norm: bias is float32\[7\], expected \[8\]"),
+        ((8,), 8, 8, ops.ShapeError, r"layer_norm: x is float32\[8\], expected \[n, width\]"),
+    ],
+)
+def test_layer_norm_refuses_other_shapes(x, weight, bias, error, message):
+    with pytest.raises(error, match=message):
+        ops.layer_norm(ops.zeros(x), ops.zeros(weight), ops.zeros(bias), eps=1e-5)
+
+
+def test_layer_norm_refuses_integers():
+    with pytest.raises(ops.DTypeError, match=r"layer_norm: bias is int32\[8\], expected float32"):
+        ops.layer_norm(ops.zeros((2, 8)), ops.zeros(8), ops.zeros(8, "int32"), eps=1e-5)

@@ -1,0 +1,210 @@
+"""How a tensor shows itself: as text at a prompt, as HTML in a notebook. Quick for tensors of any size."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import zlib
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from .spec import FLOATS
+from .tensor import Tensor
+
+_ALL = 2**20  # elements up to which statistics look at every one
+_CHUNKS, _CHUNK = 1024, 256  # else at so many stretches of so many elements: few pages of a mapped file are touched
+_EDGE = 3  # rows and columns shown at each end
+_MAP_ROWS, _MAP_COLUMNS = 32, 64
+_PER_CELL = 4  # sampled rows and columns in a cell of the map of a huge tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Over `seen` of a tensor's values; `least`, `mean`, `most`, `deviation` of the finite ones, None if none is."""
+
+    seen: int
+    nan: int
+    inf: int
+    least: float | None = None
+    mean: float | None = None
+    most: float | None = None
+    deviation: float | None = None
+
+
+def statistics(tensor: Tensor) -> Statistics:
+    """Over all values, or over 262144 of them, spread evenly, when there are more than 1048576."""
+    values = tensor.numpy().reshape(-1)
+    if values.size > _ALL:
+        values = values[: values.size // _CHUNKS * _CHUNKS].reshape(_CHUNKS, -1)[:, :_CHUNK].reshape(-1)
+    seen = values.size
+    if tensor.dtype not in FLOATS:
+        nan, inf, finite = 0, 0, values
+    else:
+        values = values.astype("float32", copy=False)
+        nan, inf = int(np.isnan(values).sum()), int(np.isinf(values).sum())
+        finite = values[np.isfinite(values)] if nan + inf else values
+    if finite.size == 0:
+        return Statistics(seen, nan, inf)
+    mean, deviation = float(finite.mean(dtype="float64")), float(finite.std(dtype="float64"))
+    return Statistics(seen, nan, inf, finite.min().item(), mean, finite.max().item(), deviation)
+
+
+def text(tensor: Tensor) -> str:
+    """Dtype, shape and device; least, mean and greatest value, NaN and Inf when there are any; the corners."""
+    lines = [_header(tensor)]
+    if tensor.size == 0:
+        return f"{lines[0]}, empty"
+    found = statistics(tensor)
+    if tensor.size > 1:
+        lines.append("  ".join(f"{name} {value}" for name, value in _facts(tensor, found) if name != "std"))
+    if tensor.ndim > 2:
+        lines.append(f"{_place(tensor)}:")
+    return "\n".join(lines + _corners(_matrix(tensor), tensor.ndim))
+
+
+def _header(tensor: Tensor) -> str:
+    return f"{tensor.dtype}[{', '.join(map(str, tensor.shape))}] on {tensor.device}"
+
+
+def _facts(tensor: Tensor, found: Statistics) -> list[tuple[str, str]]:
+    """Names and values to show."""
+    named = {"min": found.least, "mean": found.mean, "max": found.most, "std": found.deviation}
+    facts = [(name, _number(value)) for name, value in named.items() if value is not None]
+    facts += [(name, str(count)) for name, count in (("NaN", found.nan), ("Inf", found.inf)) if count]
+    if found.seen < tensor.size:
+        facts.append(("of", f"{found.seen} sampled values"))
+    return facts
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}" if value else "0"  # without the sign of a zero
+
+
+def _matrix(tensor: Tensor) -> np.ndarray:
+    """The last two axes, at the start of the others."""
+    array = tensor.numpy()
+    return array[(0,) * max(array.ndim - 2, 0)].reshape((1,) * max(2 - array.ndim, 0) + array.shape[-2:])
+
+
+def _place(tensor: Tensor) -> str:
+    return f"[{', '.join(['0'] * (tensor.ndim - 2) + [':', ':'])}]"
+
+
+def _corners(matrix: np.ndarray, ndim: int) -> list[str]:
+    """Lines with the ends of the first and the last rows, in columns."""
+    rows, columns = (_ends(size) for size in matrix.shape)
+    cells = [[("..." if None in (r, c) else _number(matrix[r, c].item())) for c in columns] for r in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    lines = ["..." if r is None else line for r, line in zip(rows, lines, strict=True)]
+    if ndim < 2:
+        return [f"[{lines[0]}]" if ndim else lines[0]]
+    opened = [("[[" if i == 0 else " [" if r is not None else " ") for i, r in enumerate(rows)]
+    closed = [("]]" if i == len(rows) - 1 else "]" if r is not None else "") for i, r in enumerate(rows)]
+    return [before + line + after for before, line, after in zip(opened, lines, closed, strict=True)]
+
+
+def _ends(size: int) -> list[int | None]:
+    """Indices of both ends; None stands for what is left out."""
+    if size <= 2 * _EDGE + 1:
+        return list(range(size))
+    return [*range(_EDGE), None, *range(size - _EDGE, size)]
+
+
+def html(tensor: Tensor) -> str:
+    """A header, a table of statistics and a map of the values; readable on light and dark backgrounds."""
+    header = f"<div style='font-weight:600;margin-bottom:6px'>{escape(_header(tensor))}{_bytes(tensor.nbytes)}</div>"
+    if tensor.size == 0:
+        return _box(header + _small("empty"))
+    if tensor.size == 1:
+        return _box(header + escape(_corners(_matrix(tensor), 0)[0]))
+    cell = "padding:1px 14px 1px 0;text-align:left;white-space:nowrap;background:none;border:none"
+    rows = "".join(
+        f"<tr style='background:none'><td style='{cell};width:40px;opacity:.65'>{escape(name)}</td>"
+        f"<td style='{cell};font-variant-numeric:tabular-nums'>{escape(value)}</td></tr>"
+        for name, value in _facts(tensor, statistics(tensor))
+    )
+    look = "border-collapse:collapse;border:none;margin:0;min-width:150px;font-size:12px;color:inherit"
+    table = f"<table style='{look}'>{rows}</table>"
+    return _box(f"{header}<div style='display:flex;gap:18px;align-items:flex-start'>{table}{_map(tensor)}</div>")
+
+
+def _box(content: str) -> str:
+    font = "font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:13px;line-height:1.5"
+    return f'<div style="{font};color:inherit">{content}</div>'
+
+
+def _small(content: str) -> str:
+    return f"<div style='font-size:11px;opacity:.65;margin-top:4px'>{escape(content)}</div>"
+
+
+def _bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size >= 1024:
+            size, unit = size / 1024, larger
+    return f"<span style='font-weight:400;opacity:.65'>, {size:.4g} {unit}</span>"
+
+
+def _map(tensor: Tensor) -> str:
+    """The last two axes as an image: blue below zero, red above, nothing at zero, yellow where it is not finite."""
+    matrix = _matrix(tensor)
+    cells = _cells(matrix)
+    finite = np.abs(cells[np.isfinite(cells)])
+    scale = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+    colours = np.full(cells.shape, _NOT_FINITE, "uint8")
+    colours[np.isfinite(cells)] = np.rint(cells[np.isfinite(cells)] / scale * 127 + 127)
+    height, width = cells.shape
+    side = max(8, min(20, 512 // width, 256 // height))
+    frame = "border:1px solid rgba(128,128,128,.45);image-rendering:pixelated;display:block;margin:0;max-width:none"
+    image = base64.b64encode(_png(colours)).decode()
+    notes = [f"blue: -{_number(scale)}", f"red: +{_number(scale)}"] if finite.any() else []
+    notes += ["yellow: NaN or Inf"] if finite.size < cells.size else []
+    notes += ["a cell is the mean of a block"] if cells.shape != matrix.shape else []
+    caption = (f"{_place(tensor)} " if tensor.ndim > 2 else "") + ", ".join(notes)
+    source = f"src='data:image/png;base64,{image}' alt='map of the values' width={side * width} height={side * height}"
+    return f"<div><img {source} style='{frame}'>{_small(caption)}</div>"
+
+
+def _cells(matrix: np.ndarray) -> np.ndarray:
+    """At most 32 x 64 means of blocks; a huge matrix is thinned out before."""
+    for axis, most in ((0, _MAP_ROWS), (1, _MAP_COLUMNS)):
+        size = matrix.shape[axis]
+        if matrix.size > _ALL and size > most * _PER_CELL:
+            matrix = np.take(matrix, np.linspace(0, size - 1, most * _PER_CELL).astype("int64"), axis)
+    cells = matrix.astype("float64")
+    for axis, most in ((0, _MAP_ROWS), (1, _MAP_COLUMNS)):
+        count = min(cells.shape[axis], most)
+        starts = np.arange(count) * cells.shape[axis] // count
+        lengths = np.diff([*starts, cells.shape[axis]])
+        with np.errstate(invalid="ignore"):  # infinities of both signs make a NaN, which is shown as such
+            cells = np.add.reduceat(cells, starts, axis) / (lengths[:, None] if axis == 0 else lengths)
+    return cells
+
+
+_NOT_FINITE = 255
+_BLUE, _RED, _YELLOW = (47, 111, 237), (226, 61, 61), (234, 179, 8)
+
+
+def _png(indices: np.ndarray) -> bytes:
+    """A PNG of palette indices: 0 to 126 blue, 127 transparent, 128 to 254 red, 255 yellow."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = indices.shape
+    palette = bytes(_BLUE) * 127 + bytes(_RED) * 128 + bytes(_YELLOW)
+    opacity = bytes(min(255, round(255 * (abs(i - 127) / 127) ** 0.8)) for i in range(255)) + b"\xff"
+    lines = b"".join(b"\0" + row.tobytes() for row in indices)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0))
+        + chunk(b"PLTE", palette)
+        + chunk(b"tRNS", opacity)
+        + chunk(b"IDAT", zlib.compress(lines, 9))
+        + chunk(b"IEND", b"")
+    )

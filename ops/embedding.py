@@ -1,0 +1,150 @@
+"""Rows looked up, joined and stored: token embeddings, concatenation, and writes to a cache."""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm import tirx
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.tirx import builder
+
+from . import tir
+from .errors import DTypeError, ShapeError
+from .op import like, op
+from .spec import FLOATS
+from .tensor import Tensor
+
+_IDS = ("int32", "int64")
+
+
+@op(symbolic={"ids": "n"}, ranges=(1, 2, 17))
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows of `weight` that `ids` name: ids [n], int32 or int64; weight [vocabulary, width], float.
+
+    Returns [n, width] in weight's dtype. An id outside the vocabulary raises KernelError. HF nn.Embedding.
+    """
+    if ids.dtype not in _IDS:
+        raise DTypeError(f"ids is {ids}, expected int32 or int64")
+    if weight.dtype not in FLOATS:
+        raise DTypeError(f"weight is {weight}, expected one of {', '.join(FLOATS)}")
+    if ids.ndim != 1:
+        raise ShapeError(f"ids is {ids}, expected [n]")
+    if weight.ndim != 2:
+        raise ShapeError(f"weight is {weight}, expected [vocabulary, width]")
+    return like(weight, (ids.shape[0], weight.shape[1]))
+
+
+@op(symbolic={"x": "n", "y": "m"})
+def concat(x: Tensor, y: Tensor) -> Tensor:
+    """x and then y along the leading axis: [n, ...] and [m, ...] give [n + m, ...]. Any dtype, the same for both."""
+    if x.ndim < 1:
+        raise ShapeError(f"x is {x}, expected at least one axis")
+    if y.ndim != x.ndim or y.shape[1:] != x.shape[1:]:
+        raise ShapeError(f"y is {y}, expected [{', '.join(['m', *map(str, x.shape[1:])])}] for x {x}")
+    if y.dtype != x.dtype:
+        raise DTypeError(f"y is {y.dtype}, expected {x.dtype}, the dtype of x; convert it with ops.cast")
+    return like(x, (x.shape[0] + y.shape[0], *x.shape[1:]))
+
+
+@op(symbolic={"cache": "t", "x": "n", "positions": "n"}, writes=("cache",))
+def cache_write(cache: Tensor, x: Tensor, positions: Tensor) -> None:
+    """cache[positions[i]] = x[i] for each i in order, cast to cache's dtype; of equal positions the last one stays.
+
+    cache: [t, heads, dim], float; x: [n, heads, dim], float; positions: int32 [n]. A position outside [0, t) raises
+    KernelError before anything is written.
+    """
+    for name, tensor in (("cache", cache), ("x", x)):
+        if tensor.dtype not in FLOATS:
+            raise DTypeError(f"{name} is {tensor}, expected one of {', '.join(FLOATS)}")
+    if positions.dtype != "int32":
+        raise DTypeError(f"positions is {positions}, expected int32")
+    if cache.ndim != 3:
+        raise ShapeError(f"cache is {cache}, expected [t, heads, dim]")
+    if x.ndim != 3 or x.shape[1:] != cache.shape[1:]:
+        raise ShapeError(f"x is {x}, expected [n, {cache.shape[1]}, {cache.shape[2]}] for cache {cache}")
+    if positions.shape != x.shape[:1]:
+        raise ShapeError(f"positions is {positions}, expected [{x.shape[0]}] for x {x}")
+
+
+@embedding.reference
+def _(ids, weight):
+    if ids.size and not (ids.min() >= 0 and ids.max() < len(weight)):
+        raise IndexError(f"ids hold a value outside [0, {len(weight)})")
+    return weight[ids]
+
+
+@concat.reference
+def _(x, y):
+    return np.concatenate([x, y])
+
+
+@cache_write.reference
+def _(cache, x, positions):
+    if positions.size and not (positions.min() >= 0 and positions.max() < len(cache)):
+        raise IndexError(f"positions hold a value outside [0, {len(cache)})")
+    written = cache.copy()
+    for position, row in zip(positions, x, strict=True):
+        written[position] = row.astype(cache.dtype)
+    return written
+
+
+@embedding.kernel
+def _(ids, weight, out):
+    vocabulary, width = weight.shape
+    message = f"ids hold a value outside [0, {vocabulary})"
+
+    @T.prim_func(s_tir=True)
+    def embedding(ids_: T.handle, weight_: T.handle, out_: T.handle):
+        n = T.int64()
+        I = T.match_buffer(ids_, (n,), ids.dtype, align=ids.itemsize)  # noqa: E741
+        W = T.match_buffer(weight_, (vocabulary, width), weight.dtype, align=weight.itemsize)
+        Y = T.match_buffer(out_, (n, width), out.dtype, align=out.itemsize)
+        for i in range(n):
+            with T.sblock("check"):
+                vi = T.axis.reduce(n, i)  # no parallel loop: what a worker thread asserts may not be raised
+                assert T.And(I[vi] >= 0, I[vi] < vocabulary), message
+                T.evaluate(0)
+        for i, j in T.grid(n, width):
+            with T.sblock("embedding"):
+                vi, vj = T.axis.remap("SS", [i, j])
+                Y[vi, vj] = W[I[vi], vj]
+
+    return embedding
+
+
+@concat.kernel
+def _(x, y, out):
+    with IRBuilder() as ir, builder.prim_func(s_tir=True):
+        builder.func_name("concat")
+        n, m, rest = tirx.Var("n", "int64"), tirx.Var("m", "int64"), x.shape[1:]
+        first = builder.arg("x", builder.buffer((n, *rest), x.dtype, align=x.itemsize))
+        second = builder.arg("y", builder.buffer((m, *rest), y.dtype, align=y.itemsize))
+        target = builder.arg("out", builder.buffer((n + m, *rest), out.dtype, align=out.itemsize))
+        with tir.block("concat", (n + m, *rest)) as (row, *at):
+            value = tirx.if_then_else(row < n, first[(row, *at)], second[(row - n, *at)])
+            builder.buffer_store(target, value, (row, *at))
+    return ir.get()
+
+
+@cache_write.kernel
+def _(cache, x, positions):
+    _, heads, dim = cache.shape
+
+    @T.prim_func(s_tir=True)
+    def cache_write(cache_: T.handle, x_: T.handle, positions_: T.handle):
+        n, t = T.int64(), T.int64()
+        C = T.match_buffer(cache_, (t, heads, dim), cache.dtype, align=cache.itemsize)
+        X = T.match_buffer(x_, (n, heads, dim), x.dtype, align=x.itemsize)
+        P = T.match_buffer(positions_, (n,), "int32", align=positions.itemsize)
+        for i in range(n):
+            with T.sblock("check"):
+                vi = T.axis.reduce(n, i)
+                assert T.And(P[vi] >= 0, T.Cast("int64", P[vi]) < t), "positions hold a value outside the cache"
+                T.evaluate(0)
+        for i, h, d in T.grid(n, heads, dim):
+            with T.sblock("write"):
+                vi = T.axis.opaque(n, i)  # in order: positions may repeat
+                vh, vd = T.axis.remap("SS", [h, d])
+                C[P[vi], vh, vd] = T.Cast(cache.dtype, X[vi, vh, vd])
+
+    return cache_write
