@@ -262,15 +262,19 @@ def _cycle(items: list[Any]) -> Iterable[Any]:
 
 
 def _table(result: dict[str, Any]) -> None:
+    """The facts as lines, then the rows as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    facts = {key: value for key, value in result.items() if key != "rows"}
-    console.print("  ".join(f"{key}: {_shown(value)}" for key, value in facts.items()), soft_wrap=True)
+    console = Console(highlight=False, markup=False)
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in result.items():
+        if key != "rows":
+            facts.add_row(key, _shown(value))
+    console.print(facts)
     rows = result.get("rows", [])
     if rows:
-        table = Table(box=None)
+        table = Table(box=None, pad_edge=False)
         for key in rows[0]:
             table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
         for row in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -43,24 +44,22 @@ def _vocabulary(model: Any) -> str:
 
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:  # getrusage would begin with what the parent process had
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def show_kernels() -> None:
-    """The compiled kernels on disk, the latest used first."""
-    console = Console(highlight=False)
-    entries = store.entries()
+    """The compiled kernels on disk, the latest used last, and how much room they take."""
     if store.directory() is None:
-        console.print("the disk cache is off (LIMPID_CACHE=off)")
+        print("the disk cache is off (LIMPID_CACHE=off)")
         return
-    table = Table(box=None)
-    table.add_column("kernel")
-    table.add_column("size", justify="right")
-    table.add_column("last used", justify="right")
-    for entry in entries:
-        table.add_row(entry.what, size(entry.bytes), time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)))
-    if entries:
-        console.print(table)
+    entries = store.entries()
+    for entry in reversed(entries):
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        print(f"{when}  {size(entry.bytes):>7}  {entry.what}")
     total = sum(entry.bytes for entry in entries)
-    console.print(f"{len(entries)} kernels, {size(total)} of at most {size(store.limit())}, in {store.directory()}")
+    print(f"{len(entries)} kernels, {size(total)} of at most {size(store.limit())}, in {store.directory()}")

@@ -178,6 +178,7 @@ def load_parameters(
     wanted = dict(module.parameters())
     missing = [name for name in wanted if name not in arrays]
     extra = [name for name in arrays if name not in wanted and not name.endswith(ignored or ("\0",))]
+    twice = [name for name in arrays if base and name in named and base + name in named]
     wrong = [
         f"{name} is {list(arrays[name].shape)}, expected {list(spec.shape)}"
         for name, spec in wanted.items()
@@ -185,6 +186,7 @@ def load_parameters(
     ]
     problems = [f"missing: {_listed(missing)}"] * bool(missing) + [f"left over: {_listed(extra)}"] * bool(extra)
     problems += [f"wrong shape: {_listed(wrong)}"] * bool(wrong)
+    problems += [f"there with and without {base!r} in front: {_listed(twice)}"] * bool(twice)
     if problems:
         raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}")
     for name, spec in tracked(wanted.items(), "Loading weights", shown=progress and module.nbytes > _SLOW_LOAD):

@@ -8,6 +8,7 @@ import inspect
 import secrets
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 from tvm import tirx
+from tvm.support import cc
 
 from . import store, target
 from .errors import KernelError
@@ -133,13 +135,29 @@ def _load_or_compile(request: Request, key: str) -> Callable:
         if path is not None:
             try:
                 return tvm.runtime.load_module(str(path))[request.op.name]
-            except Exception as error:  # an object file of the right digest that still does not load
-                reason = f"the cached object does not load: {error}"
+            except Exception as error:  # a file of the right digest that still does not load
+                reason = f"the cached kernel does not load: {error}"
         started = time.perf_counter()
         executable = _compile(request)
         log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
-        store.put(key, f"{request.op.name}({request.arguments})", lambda at: executable.mod.write_to_file(str(at)))
+        store.put(key, f"{request.op.name}({request.arguments})", functools.partial(_write, executable.mod))
         return executable[request.op.name]
+
+
+def _write(module: Any, folder: Path) -> Path:
+    """The kernel as a shared library, which loads in no time; where no compiler links one, as LLVM's own code."""
+    linker = cc.get_cc()
+    if linker is not None:
+        library, machine_code = folder / "kernel.so", folder / "kernel.o"
+        module.write_to_file(str(machine_code))
+        try:
+            cc.create_shared(str(library), [str(machine_code)], cc=linker)
+            return library
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"{linker} does not link kernels: {error}", RuntimeWarning, stacklevel=2)
+    code = folder / "kernel.ll"
+    module.write_to_file(str(code))
+    return code
 
 
 def _compile(request: Request) -> Any:

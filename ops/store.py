@@ -1,4 +1,4 @@
-"""The disk cache of compiled kernels: object files with their digests, shared by processes, bounded in size.
+"""The disk cache of compiled kernels: files with their digests, shared by processes, bounded in size.
 
 `LIMPID_CACHE` names the folder (default: `limpid` in the user's cache folder; "off" switches it off) and
 `LIMPID_CACHE_LIMIT` its size in MiB (default 1024).
@@ -79,14 +79,15 @@ def has(key: str) -> bool:
 
 
 def find(key: str) -> tuple[Path | None, str]:
-    """The object file of `key`, checked against its digest, or None and the reason why there is none."""
+    """The file of `key`, checked against its digest, or None and the reason why there is none."""
     folder = directory()
     if folder is None:
         return None, "the disk cache is off"
-    record, path = folder / f"{key}.json", folder / f"{key}.o"
+    record = folder / f"{key}.json"
     try:
-        digest = json.loads(record.read_text())["digest"]
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        kept = json.loads(record.read_text())
+        path = folder / (key + kept["suffix"])
+        if hashlib.sha256(path.read_bytes()).hexdigest() != kept["digest"]:
             raise ValueError("digest")
     except (FileNotFoundError, NotADirectoryError):
         return None, "not in the disk cache"
@@ -98,19 +99,18 @@ def find(key: str) -> tuple[Path | None, str]:
     return path, ""
 
 
-def put(key: str, what: str, write: Callable[[Path], None]) -> None:
-    """Keep an object file that `write(path)` writes. Atomic; a full or read-only disk only means no cache."""
+def put(key: str, what: str, write: Callable[[Path], Path]) -> None:
+    """Keep the file that `write(folder)` writes there. Atomic; a full or read-only disk only means no cache."""
     folder = _writable()
     if folder is None:
         return
     try:
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            path = Path(work) / "kernel.o"
-            write(path)
-            content = path.read_bytes()
+            path = write(Path(work))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
             record = Path(work) / "kernel.json"
-            record.write_text(json.dumps({"what": what, "digest": hashlib.sha256(content).hexdigest()}))
-            path.replace(folder / f"{key}.o")
+            record.write_text(json.dumps({"what": what, "digest": digest, "suffix": path.suffix}))
+            path.replace(folder / f"{key}{path.suffix}")
             record.replace(folder / f"{key}.json")  # last: an entry without its record does not exist
     except OSError:
         _remove(folder, key)
@@ -119,9 +119,9 @@ def put(key: str, what: str, write: Callable[[Path], None]) -> None:
 
 
 def _remove(folder: Path, key: str) -> None:
-    for suffix in (".json", ".o"):
+    for path in (folder / f"{key}.json", *folder.glob(f"{key}.*")):  # the record goes first
         with contextlib.suppress(OSError):
-            (folder / f"{key}{suffix}").unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def entries() -> list[Entry]:
@@ -130,8 +130,9 @@ def entries() -> list[Entry]:
     found = []
     for record in folder.glob("*.json") if folder else ():
         try:
-            size = record.stat().st_size + record.with_suffix(".o").stat().st_size
-            found.append(Entry(record.stem, json.loads(record.read_text())["what"], size, record.stat().st_mtime))
+            kept, status = json.loads(record.read_text()), record.stat()
+            size = status.st_size + record.with_suffix(kept["suffix"]).stat().st_size
+            found.append(Entry(record.stem, kept["what"], size, status.st_mtime))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another process is removing it, or `find` will
     return sorted(found, key=lambda entry: -entry.used)
@@ -150,7 +151,7 @@ def clear() -> int:
     """Remove every cached kernel; gives how many there were. Running processes keep theirs in memory."""
     folder, count = directory(), len(entries())
     for path in folder.iterdir() if folder and folder.exists() else ():
-        if path.suffix in (".o", ".json", ".lock"):
+        if path.suffix in (".so", ".ll", ".json", ".lock"):
             path.unlink(missing_ok=True)
         elif path.is_dir():  # left behind by a process that was killed
             shutil.rmtree(path, ignore_errors=True)

@@ -13,8 +13,8 @@ ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral"}
 
 def architecture(model_type: object) -> tuple[type, type]:
     """The config and model class for a config.json's `model_type`. Raises ConfigError."""
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ConfigError(f"model_type {model_type!r} is not supported; supported are {known}")
     module: ModuleType = importlib.import_module(f"llm.models.{model_type}")
-    return module.Config, getattr(module, ARCHITECTURES[str(model_type)])
+    return module.Config, getattr(module, ARCHITECTURES[model_type])

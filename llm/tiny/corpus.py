@@ -87,11 +87,10 @@ class Document(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """Which documents are drawn: the share of stories; among the others, the facts, the share about two things; how
-    likely another sentence comes between two facts, and how likely a thing moves on."""
+    """Which documents are drawn: the share of stories, the others are facts; how likely another sentence comes between
+    two facts, and how likely the thing moves on."""
 
-    stories: float = 0.35
-    two_things: float = 0.25
+    stories: float = 0.4
     noise: float = 0.35
 
 
@@ -170,74 +169,58 @@ FILLERS = [
 
 
 class World:
-    """Who has what. Every transfer it draws is held out, or none is."""
+    """Some people, and who has the thing they pass on. Every transfer it draws is held out, or none is."""
+
+    thing: Thing
+    owner: str
+    giver: str
 
     def __init__(self, rng: random.Random, held_out: bool) -> None:
         self.rng = rng
         self.held_out = held_out
         self.people: list[str] = []
-        self.owner: dict[Thing, str] = {}
-        self.giver: dict[Thing, str] = {}
-
-    def person(self, pool: list[str] = NAMES) -> str:
-        """Someone who is not in this world yet."""
-        name = self.rng.choice([n for n in pool if n not in self.people])
-        self.people.append(name)
-        return name
-
-    def thing(self, giver: str) -> Thing:
-        """A thing that the giver may pass on, of a kind and a colour not here yet, so that either of them names it."""
-        colours = [c for c in COLOURS if all(c != t.colour for t in self.owner)]
-        nouns = [n for n in OBJECTS if all(n != t.noun for t in self.owner)]
-        while True:
-            thing = Thing(self.rng.choice(colours), self.rng.choice(nouns))
-            if self.receivers(giver, thing):
-                return thing
 
     def may_move(self, giver: str, thing: Thing, receiver: str) -> bool:
         return giver != receiver and is_held_out(giver, thing, receiver) == self.held_out
 
-    def receivers(self, giver: str, thing: Thing) -> list[str]:
-        return [name for name in NAMES if self.may_move(giver, thing, name)]
+    def receivers(self, giver: str) -> list[str]:
+        return [name for name in NAMES if self.may_move(giver, self.thing, name)]
 
-    def receiver(self, giver: str, thing: Thing) -> str:
-        """Someone to whom the giver may pass the thing: at times a person already met."""
-        receivers = self.receivers(giver, thing)
+    def transfer(self, giver: str, receiver: str, phrases: list[str]) -> str:
+        self.giver, self.owner = giver, receiver
+        return self.rng.choice(phrases).format(g=giver, r=receiver, c=self.thing.colour, o=self.thing.noun)
+
+    def pass_on(self) -> str:
+        """The owner passes the thing on, at times to a person already met."""
+        receivers = self.receivers(self.owner)
         met = [name for name in receivers if name in self.people]
-        if len(met) == len(receivers) or (met and self.rng.random() < 0.3):
-            return self.rng.choice(met)
-        return self.person(receivers)
+        new = [name for name in receivers if name not in self.people]
+        receiver = self.rng.choice(met if not new or (met and self.rng.random() < 0.3) else new)
+        self.people.append(receiver)
+        return self.transfer(self.owner, receiver, TRANSFERS)
 
-    def move(self, giver: str, thing: Thing, receiver: str) -> None:
-        self.owner[thing], self.giver[thing] = receiver, giver
-
-    def transfer(self, thing: Thing, giver: str, receiver: str, phrases: list[str] = TRANSFERS) -> str:
-        self.move(giver, thing, receiver)
-        return self.rng.choice(phrases).format(g=giver, r=receiver, c=thing.colour, o=thing.noun)
-
-    def give_back(self, thing: Thing) -> str:
-        owner, receiver = self.owner[thing], self.giver[thing]
-        self.move(owner, thing, receiver)
-        return self.rng.choice(RETURNS).format(g=receiver, r=owner, o=thing.noun)
+    def give_back(self) -> str:
+        self.giver, self.owner = self.owner, self.giver
+        return self.rng.choice(RETURNS).format(g=self.owner, r=self.giver, o=self.thing.noun)
 
     def filler(self) -> str:
         rng = self.rng
         text = rng.choice(FILLERS)
         if "{n}" not in text:
             return text.format(a=rng.choice(ANIMALS), p=rng.choice(PLACES))
-        name = rng.choice(self.people) if self.people and rng.random() < 0.5 else rng.choice(NAMES)
+        name = rng.choice(self.people if rng.random() < 0.5 else NAMES)
         return text.format(n=name, a=rng.choice(ANIMALS), p=rng.choice(PLACES))
 
-    def question(self, thing: Thing, asked: list[tuple[str, str, str]] = ASKED) -> tuple[Question, str]:
+    def question(self, asked: list[tuple[str, str, str]]) -> tuple[Question, str]:
         """A question about the thing, and the rest of its sentence after the answer."""
         kind, text, rest = self.rng.choice(asked)
-        owner = self.owner[thing]
-        answer = {"owner": owner, "giver": self.giver[thing], "colour": thing.colour, "object": thing.noun}
-        return Question(text.format(c=thing.colour, o=thing.noun, h=owner), " " + answer[kind], kind), rest
+        colour, noun = self.thing
+        answer = {"owner": self.owner, "giver": self.giver, "colour": colour, "object": noun}
+        return Question(text.format(c=colour, o=noun, h=self.owner), " " + answer[kind], kind), rest
 
 
-# Beats: the alternatives of one are parted by "|". "A x B" moves thing x from A to B in the words of one of GIFTS,
-# "x back" moves it back again.
+# Beats: the alternatives of one are parted by "|". "A > B" moves the thing x from A to B in the words of one of
+# GIFTS, "back" moves it back again.
 OPENING = """Once upon a time, there was a {t} {A.girl} named {A}.|Once upon a time, there was a {A.girl} named {A}. \
 {A.He} was {t}.|Once upon a time, a {t} {A.girl} named {A} lived {p}.|One day, a {t} {A.girl} named {A} went for a \
 walk.|Long ago, a {t} {A.girl} named {A} lived {p}.
@@ -256,7 +239,7 @@ One morning, {A} met a {B.girl} named {B} {q}.|{A} saw a {B.girl} {q}. The name 
 "Why are you sad?" asked {A}. "I have no {x.noun} to play with," said {B}.|"What is wrong, {B}?" asked {A}. "I want \
 {x.a} too," said {B}.
 "You can have my {x.noun}," said {A}.|"Do not be sad," said {A}. "I have something for you."
-A x B
+A > B
 {B} was very happy.|{B} smiled and danced with the {x.noun}.
 "Thank you, {A}!" said {B}. "You are a good friend."|"Thank you, {A}!" said {B}. "You are so {t}!\"""",
     "lost": """{A} had {x.a}. It was the best {x.noun} of all.|{A} loved {A.his} {x} very much.
@@ -265,108 +248,92 @@ But one morning, the {x.noun} was gone.|But then the wind took the {x.noun} away
 {B}, a {u} {B.girl}, found {x.a} {q}.|A {u} {B.girl} named {B} found {x.a} {q}.
 "Is this your {x.noun}, {A}?" asked {B}.|"Look, {A}, what did I find?" said {B}.
 "Yes, it is mine!" said {A}.|"Yes, that is my {x.noun}!" said {A}.
-B x A
+B > A
 {A} was not sad any more. {A.He} hugged {B}.|{A} jumped with joy.
 "Thank you, {B}!" said {A}. "Now we can play together.\"""",
     "loan": """{A} had {x.a} and played with it {p}.|{A} loved {A.his} {x} very much.
 {A.His} friend {B} came to play. {B} was a {u} {B.girl}.|Then came {B}, a {u} {B.girl}.
 "May I play with your {x.noun}?" asked {B}.|"I like your {x.noun}," said {B}. "May I have it for one day?"
 "Yes, but please take good care of it," said {A}.|"Yes, you may, {B}," said {A}.
-A x B
+A > B
 {B} went {q} and played with the {x.noun} all day.|{B} was happy and ran {q} with the {x.noun}.
 The next day, {B} came to see {A} again.|In the evening, {B} came to see {A} again.
-x back
+back
 "Thank you, {A}," said {B}. "That was fun!"|"I had a lot of fun," said {B}.""",
-    "trade": """{A} had {x.a}, but {A.he} wanted a {y.noun}.|{A} had {x.a} and {A.he} was tired of it.
-{A} met {B} {q}. {B} had {y.a}.|A {u} {B.girl} named {B} came by with {y.a}.
-"What a nice {y.noun}!" said {A}. "Do you want my {x.noun} for it?"|"I like your {y.noun}, {B}," said {A}. "Do you \
-like my {x.noun}?"
-{B} thought about it. "Yes, I do," said {B}.|"Yes, let us trade," said {B}.
-A x B
-B y A
-They were both very happy.|Both of them smiled.
-{A} played with the {y.noun} and {B} played with the {x.noun}.""",
     "chain": """{A} found {x.a} {p}, but {A.he} did not need it.|{A} had {x.a}, but {A.he} was too big for it now.
 So {A} went to see {B}, a {u} {B.girl}.|{A} met {B} {q}.
 "Do you want this {x.noun}, {B}?" asked {A}. "Yes, please!" said {B}.
-A x B
+A > B
 Then {B} met {C}, who was sad.|Then {B} saw that {C} was crying.
 "Here is something nice for you, {C}," said {B}.|"Do not cry, {C}," said {B}.
-B x C
+B > C
 {C} was happy and thanked {B}. {A} was happy too.|{C} smiled at {B} and {A}.""",
     "birthday": """It was the birthday of {A}, and {A.he} asked {A.his} friends to a party {q}.
 First came {B}, a {u} {B.girl}. "Happy birthday, {A}!" said {B}.|First came {B}. "This is for you, {A}," said {B}.
-B x A
-Then came {C}. "Happy birthday!" said {C}. "I have something for you too."|Then came {C} with a big smile.
-C y A
-"What a nice {y.noun}!" said {A}. "And I love the {x.noun}!"|{A} was so happy that {A.he} hugged {B} and {C}.
+B > A
+Then came {C} with a big cake.|Then came {C}. "Happy birthday!" said {C}. "I made a cake for you."
+"What a nice {x.noun}!" said {A}. "And I love cake!"|{A} was so happy that {A.he} hugged {B} and {C}.
 They ate cake, sang songs and played games all day.""",
 }
 
 
-def story(world: World) -> tuple[list[str], list[str], list[Thing]]:
-    """The sentences up to the last transfer's aftermath, those of the ending, and the things that changed hands."""
+def story(world: World) -> tuple[list[str], list[str]]:
+    """The sentences up to the last transfer's aftermath, and those of the ending."""
     rng = world.rng
     plot = PLOTS[rng.choice(list(PLOTS))].split("\n")
-    moves = [beat.split() for beat in plot if len(beat) == 5]
+    moves = [(beat[0], beat[-1]) for beat in plot if beat[1:-1] == " > "]
     while True:
         names = dict(zip("ABC", rng.sample(NAMES, 3), strict=True))
-        colours, nouns = rng.sample(COLOURS, 2), rng.sample(OBJECTS, 2)
-        things = {"x": Thing(colours[0], nouns[0]), "y": Thing(colours[1], nouns[1])}
-        if all(world.may_move(names[g], things[t], names[r]) for g, t, r in moves):
+        world.thing = Thing(rng.choice(COLOURS), rng.choice(OBJECTS))
+        if all(world.may_move(names[giver], world.thing, names[receiver]) for giver, receiver in moves):
             break
-    world.people += names.values()
-    t, u = rng.sample(TRAITS, 2)
-    p, q = rng.sample(PLACES, 2)
-    w, e = rng.choice(WEATHER)
-    animal = rng.choice(ANIMALS)
-    cast = {role: Person(name) for role, name in names.items()}
+    fields: dict[str, object] = {role: Person(name) for role, name in names.items()}
+    fields |= {"x": world.thing, "animal": rng.choice(ANIMALS)}
+    fields |= zip("tu", rng.sample(TRAITS, 2), strict=True)
+    fields |= zip("pq", rng.sample(PLACES, 2), strict=True)
+    fields |= zip("we", rng.choice(WEATHER), strict=True)
 
     def tell(beat: str) -> str:
-        match beat.split():
-            case [giver, thing, receiver] if len(beat) == 5:
-                return world.transfer(things[thing], names[giver], names[receiver], GIFTS)
-            case [thing, "back"]:
-                return world.give_back(things[thing])
-        return rng.choice(beat.split("|")).format(**cast, **things, p=p, q=q, t=t, u=u, w=w, e=e, animal=animal)
+        if beat == "back":
+            return world.give_back()
+        if beat[1:-1] == " > ":
+            return world.transfer(names[beat[0]], names[beat[-1]], GIFTS)
+        return rng.choice(beat.split("|")).format(**fields)
 
-    body = [tell(beat) for beat in (*OPENING.split("\n"), *plot)]
-    return body, [tell(beat) for beat in ENDING.split("\n")], list(world.owner)
+    return [tell(beat) for beat in (*OPENING.split("\n"), *plot)], [tell(beat) for beat in ENDING.split("\n")]
 
 
-def facts(world: World, mix: Mix) -> tuple[list[str], list[Thing]]:
-    """Plain sentences about things that change hands, and those things."""
+def facts(world: World, mix: Mix) -> list[str]:
+    """Plain sentences about a thing that changes hands."""
     rng = world.rng
-    told = []
-    for _ in range(1 + (rng.random() < mix.two_things)):
-        giver = rng.choice(world.people) if world.people and rng.random() < 0.3 else world.person()
-        thing = world.thing(giver)
-        told.append(world.transfer(thing, giver, world.receiver(giver, thing)))
-        while rng.random() < mix.noise:
+    world.owner = rng.choice(NAMES)
+    world.people.append(world.owner)
+    while True:
+        world.thing = Thing(rng.choice(COLOURS), rng.choice(OBJECTS))
+        if world.receivers(world.owner):
+            break
+    told = [world.pass_on()]
+    while rng.random() < mix.noise:
+        told.append(world.filler())
+    while rng.random() < mix.noise:
+        told.append(world.pass_on() if world.receivers(world.owner) and rng.random() < 0.5 else world.give_back())
+        if rng.random() < mix.noise:
             told.append(world.filler())
-        while rng.random() < mix.noise:
-            owner = world.owner[thing]
-            if rng.random() < 0.5 or not world.receivers(owner, thing):
-                told.append(world.give_back(thing))
-            else:
-                told.append(world.transfer(thing, owner, world.receiver(owner, thing)))
-            if rng.random() < mix.noise:
-                told.append(world.filler())
-    return told, list(world.owner)
+    return told
 
 
 def document(rng: random.Random, mix: Mix) -> Document:
     """A story, or facts and what follows from them."""
     world = World(rng, held_out=False)
     if rng.random() < mix.stories:
-        told, ending, things = story(world)
+        told, ending = story(world)
         asked, count = STATED, 2
     else:
-        told, things = facts(world, mix)
-        ending, asked, count = [], ASKED, rng.randint(2, 5)
+        told, ending = facts(world, mix), []
+        asked, count = ASKED, rng.randint(2, 5)
     text, answers = " ".join(told), set()
     for _ in range(count):
-        question, rest = world.question(rng.choice(things), asked)
+        question, rest = world.question(asked)
         if question.prompt in text:  # what is said twice teaches the model to go round in circles
             continue
         text += f" {question.prompt}"
@@ -382,21 +349,14 @@ def documents(seed: int, mix: Mix = FULL) -> Iterator[Document]:
         yield document(rng, mix)
 
 
-def held_out_questions(count: int, seed: int, *, two_things: bool = False) -> list[Question]:
-    """Questions whose every transfer is a combination that no document holds: half after facts, half within a story.
-
-    The facts are about one thing, which may change hands repeatedly with other sentences in between, or about two.
-    """
+def held_out_questions(count: int, seed: int) -> list[Question]:
+    """Questions whose every transfer is a combination that no document holds: half after facts, half within a story."""
     rng = random.Random(seed)
-    mix = FULL._replace(two_things=float(two_things))
     questions = []
     for index in range(count):
         world = World(rng, held_out=True)
         context = "story" if index % 2 else "facts"
-        if context == "story":
-            told, _, things = story(world)
-        else:
-            told, things = facts(world, mix)
-        question, _ = world.question(rng.choice(things), STATED if context == "story" else ASKED)
+        told = story(world)[0] if context == "story" else facts(world, FULL)
+        question, _ = world.question(STATED if context == "story" else ASKED)
         questions.append(question._replace(prompt=" ".join((*told, question.prompt)), context=context))
     return questions

@@ -8,6 +8,7 @@ Dao et al. 2022; Milakov and Gimelshein 2018 for the running maximum and total.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .. import target, tir
-from ..spec import Dim
+from ..spec import DTYPES, Dim
 from . import vector
 from .vector import i64
 
@@ -112,13 +113,16 @@ def _check_positions(a: Problem) -> None:
 def _decode(a: Problem, width: int, v_width: int) -> None:
     position = T.bind(a.positions[0])
     low, stop = T.bind(a.first_key(position)), T.bind(position + i32(1))
-    if a.kv_heads == 1 or target.threads() == 1:
-        _each(T.serial, a.kv_heads, lambda h: _decode_head(a, h, low, stop, width, v_width))
+    threads = min(target.threads(), a.kv_heads)
+    if threads == 1:
+        _Step(a, i32(0), a.kv_heads, width, v_width).emit(low, stop)
         return
-    with T.If((stop - low) >= i32(-(-PARALLEL_WORK // (a.heads * (a.dim + a.v_dim))))):
-        for branch, loop in ((T.Then, T.parallel), (T.Else, T.serial)):
-            with branch():
-                _each(loop, a.kv_heads, lambda h: _decode_head(a, h, low, stop, width, v_width))
+    share = -(-a.kv_heads // threads)
+    with T.If(stop - low >= i32(-(-PARALLEL_WORK // (a.heads * (a.dim + a.v_dim))))):
+        with T.Then(), T.parallel(0, -(-a.kv_heads // share)) as thread:
+            _Step(a, T.bind(thread * i32(share)), share, width, v_width).emit(low, stop)
+        with T.Else():
+            _Step(a, i32(0), a.kv_heads, width, v_width).emit(low, stop)
 
 
 def _each(loop: Callable, count: Any, body: Callable[[Any], None]) -> None:
@@ -126,61 +130,114 @@ def _each(loop: Callable, count: Any, body: Callable[[Any], None]) -> None:
         body(index)
 
 
-def _decode_head(a: Problem, h: Any, low: Any, stop: Any, width: int, v_width: int) -> None:
-    """All queries of kv head `h`."""
-    group = a.group
-    q = T.alloc_buffer((group * a.dim,), "float32", scope="global")
-    mixed = T.alloc_buffer((group * a.v_dim,), "float32", scope="global")
-    score = T.alloc_buffer((group * KEYS,), "float32", scope="global")
-    top, total, decay = (T.alloc_buffer((group,), "float32", scope="global") for _ in range(3))
-    with T.serial(0, group * a.dim) as j:
-        value = vector.widened(a.q[0, h * group + j // a.dim, j % a.dim], str(a.q.dtype))
-        T.buffer_store(q, value * tir.f32(a.scale), [j])
-    with T.serial(0, group * a.v_dim) as j:
-        T.buffer_store(mixed, tir.f32(0.0), [j])
-    for g in range(group):
-        for buffer, value in zip((top, total), a.sink(h * group + g), strict=True):
-            T.buffer_store(buffer, value, [g])
-    with T.serial(0, T.ceildiv(stop - low, KEYS)) as block:
-        start = T.bind(low + block * KEYS)
-        count = T.bind(tirx.min(stop - start, i32(KEYS)))
-        with T.serial(0, count) as key:
-            _decode_scores(a, q, score, h, start + key, key, width)
-        for g in range(group):
-            _decode_softmax(a, score, top, total, decay, g, count)
-        _decode_mix(a, score, mixed, decay, h, start, count, v_width)
-    for g in range(group):
-        inverse = T.bind(tir.f32(1.0) / total[g])
-        with T.serial(0, a.v_dim) as d:
-            T.buffer_store(a.out, (mixed[g * a.v_dim + d] * inverse).astype(str(a.out.dtype)), [0, h * group + g, d])
+class _Step:
+    """The one query of each head of up to `share` kv heads, from kv head `first` on.
 
+    All heads go through a block of keys before the next block, so that memory is read nearly in order.
+    Scratch buffers are [kv head, what varies]; g is a head of the group.
+    """
 
-def _decode_scores(a: Problem, q: Any, score: Any, h: Any, row: Any, key: Any, width: int) -> None:
-    """The dot products of one key with the queries of the group."""
-    sums = [Register(vector.zeros(width)) for _ in range(a.group)]
-    for d in range(0, a.dim, width):
-        k = T.bind(vector.load(a.k, [row, h, d], width))
+    def __init__(self, a: Problem, first: Any, share: int, width: int, v_width: int):
+        self.a, self.first, self.width, self.v_width = a, first, width, v_width
+        self.heads = T.bind(tirx.min(i32(share), i32(a.kv_heads) - first))
+
+        def scratch(size: int) -> Any:
+            return T.alloc_buffer((share, size), "float32", scope="global")
+
+        self.q, self.mixed, self.score = scratch(a.group * a.dim), scratch(a.group * a.v_dim), scratch(a.group * KEYS)
+        self.top, self.total, self.decay = scratch(a.group), scratch(a.group), scratch(a.group)
+
+    def emit(self, low: Any, stop: Any) -> None:
+        _each(T.serial, self.heads, self._start)
+        with T.serial(0, T.ceildiv(stop - low, i32(KEYS))) as block:
+            start = T.bind(low + block * i32(KEYS))
+            count = T.bind(tirx.min(stop - start, i32(KEYS)))
+            with T.serial(0, count) as key, T.serial(0, self.heads) as h:
+                self._scores(h, start + key, key)
+            with T.serial(0, self.heads) as h:
+                for g in range(self.a.group):
+                    self._softmax(h, g, count)
+                self._mix(h, start, count)
+        _each(T.serial, self.heads, self._finish)
+
+    def _start(self, h: Any) -> None:
+        a = self.a
+        head = T.bind((self.first + h) * i32(a.group))
+        with T.serial(0, a.group) as g:
+            for buffer, value in zip((self.top, self.total), a.sink(head + g), strict=True):
+                T.buffer_store(buffer, value, [h, g])
+            with T.serial(0, a.dim) as d:
+                value = vector.widened(a.q[0, head + g, d], str(a.q.dtype))
+                T.buffer_store(self.q, value * tir.f32(a.scale), [h, g * a.dim + d])
+        with T.serial(0, a.group * a.v_dim) as d:
+            T.buffer_store(self.mixed, tir.f32(0.0), [h, d])
+
+    def _scores(self, h: Any, row: Any, key: Any) -> None:
+        """The dot products of one key with the queries of the group."""
+        a, width = self.a, self.width
+        KPRE
+        VPRE
+        sums = [Register(vector.zeros(width)) for _ in range(a.group)]
+        for d in range(0, a.dim, width):
+            k = T.bind(vector.load(a.k, [row, self.first + h, i32(d)], width))
+            for g, each in enumerate(sums):
+                each.value = vector.fma(vector.load(self.q, [h, i32(g * a.dim + d)], width), k, each.value, width)
         for g, each in enumerate(sums):
-            each.value = vector.fma(vector.load(q, [g * a.dim + d], width), k, each.value, width)
-    for g, each in enumerate(sums):
-        T.buffer_store(score, vector.lane_sum(each.value, width), [key + g * KEYS])
+            T.buffer_store(self.score, _across(operator.add, [each.value], width), [h, key + i32(g * KEYS)])
+
+    def _softmax(self, h: Any, g: int, count: Any) -> None:
+        """A head's scores of a block become weights; its maximum and total take the block in."""
+        lanes = self.a.lanes
+        vectors = []
+        for j in range(0, KEYS, lanes):
+            alive = T.ramp(i32(j), 1, lanes) < T.broadcast(count, lanes)
+            value = capped(vector.load(self.score, [h, i32(g * KEYS + j)], lanes), self.a.softcap)
+            vectors.append(_held(tirx.Select(alive, value, T.broadcast(tir.f32(LOWEST), lanes))))
+        old = _held(self.top[h, g])
+        new = _held(tirx.max(old, _across(tirx.max, vectors, lanes)))
+        decay = _held(tir.exp(old - new))
+        weights = [_held(tir.exp(each - T.broadcast(new, lanes))) for each in vectors]
+        for j, each in enumerate(weights):
+            vector.store(self.score, [h, i32(g * KEYS + j * lanes)], each, lanes)
+        total = self.total[h, g] * decay + _across(operator.add, weights, lanes)
+        for buffer, value in ((self.top, new), (self.decay, decay), (self.total, total)):
+            T.buffer_store(buffer, value, [h, g])
+
+    def _mix(self, h: Any, start: Any, count: Any) -> None:
+        """The values of a block, weighed, are added to what was mixed before."""
+        a, width = self.a, self.v_width
+        vectors = a.v_dim // width
+        step = max(1, target.registers() // 2 // a.group)
+        for first in range(0, vectors, step):
+            columns = [c * width for c in range(first, min(first + step, vectors))]
+            sums = {}
+            for g, d in itertools.product(range(a.group), columns):
+                before = vector.load(self.mixed, [h, i32(g * a.v_dim + d)], width)
+                sums[g, d] = Register(before * T.broadcast(self.decay[h, g], width))
+            with T.serial(0, count) as key:
+                row = T.bind(start + key)
+                values = {d: T.bind(vector.load(a.v, [row, self.first + h, i32(d)], width)) for d in columns}
+                for (g, d), each in sums.items():
+                    factor = T.broadcast(self.score[h, key + i32(g * KEYS)], width)
+                    each.value = vector.fma(factor, values[d], each.value, width)
+            for (g, d), each in sums.items():
+                vector.store(self.mixed, [h, i32(g * a.v_dim + d)], each.value, width)
+
+    def _finish(self, h: Any) -> None:
+        a = self.a
+        with T.serial(0, a.group) as g:
+            inverse = _held(tir.f32(1.0) / self.total[h, g])
+            with T.serial(0, a.v_dim) as d:
+                value = (self.mixed[h, g * a.v_dim + d] * inverse).astype(str(a.out.dtype))
+                T.buffer_store(a.out, value, [0, (self.first + h) * a.group + g, d])
 
 
-def _decode_softmax(a: Problem, score: Any, top: Any, total: Any, decay: Any, g: int, count: Any) -> None:
-    """A head's scores of a block become weights; its maximum and total take the block in."""
-    lanes = min(a.lanes, KEYS)
-    vectors = []
-    for j in range(0, KEYS, lanes):
-        alive = T.ramp(i32(j), 1, lanes) < T.broadcast(count, lanes)
-        value = capped(vector.load(score, [i32(g * KEYS + j)], lanes), a.softcap)
-        vectors.append(_held(tirx.Select(alive, value, T.broadcast(tir.f32(LOWEST), lanes))))
-    new = _held(tirx.max(top[g], _across(tirx.max, vectors, lanes)))
-    T.buffer_store(decay, tir.exp(top[g] - new), [g])
-    T.buffer_store(top, new, [g])
-    weights = [_held(tir.exp(each - T.broadcast(new, lanes))) for each in vectors]
-    for j, each in enumerate(weights):
-        vector.store(score, [i32(g * KEYS + j * lanes)], each, lanes)
-    T.buffer_store(total, total[g] * decay[g] + _across(operator.add, weights, lanes), [g])
+def _prefetch(buffer: Any, row: Any, h: Any) -> None:
+    """Ask for a row early: the rows of one head lie apart, and the hardware sees no pattern in that."""
+    row = tirx.min(row.astype("int64"), buffer.shape[0] - i64(1))
+    for d in range(0, int(buffer.shape[2]), 64 // DTYPES[str(buffer.dtype)].itemsize):
+        address = tirx.address_of(buffer[row, h, d])
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, i32(0), i32(3), i32(1)))
 
 
 class Register:
@@ -220,24 +277,6 @@ def _across(function: Callable, vectors: list, lanes: int) -> Any:
     return value
 
 
-def _decode_mix(a: Problem, weight: Any, mixed: Any, decay: Any, h: Any, start: Any, count: Any, width: int) -> None:
-    """The values of a block, weighed, are added to what was mixed before."""
-    vectors = a.v_dim // width
-    step = max(1, target.registers() // 2 // a.group)
-    for first in range(0, vectors, step):
-        columns = [c * width for c in range(first, min(first + step, vectors))]
-        sums = {(g, d): Register(vector.zeros(width)) for g in range(a.group) for d in columns}
-        for (g, d), each in sums.items():
-            each.value = vector.load(mixed, [i32(g * a.v_dim + d)], width) * T.broadcast(decay[g], width)
-        with T.serial(0, count) as key:
-            values = {d: T.bind(vector.load(a.v, [start + key, h, d], width)) for d in columns}
-            for (g, d), each in sums.items():
-                factor = T.broadcast(weight[key + g * KEYS], width)
-                each.value = vector.fma(factor, values[d], each.value, width)
-        for (g, d), each in sums.items():
-            vector.store(mixed, [i32(g * a.v_dim + d)], each.value, width)
-
-
 def _prefill(a: Problem, high: int | None) -> None:
     """Tiles of queries of one kv head after the other, dealt out in turn: later tiles see more keys."""
     columns = COLUMNS if high is None else min(COLUMNS, -(-high * a.group // a.lanes) * a.lanes)
@@ -260,7 +299,7 @@ class _Tile:
 
     def __init__(self, a: Problem, columns: int, h: Any, first: Any, count: Any):
         self.a, self.columns, self.h, self.first, self.count = a, columns, T.bind(h), first, T.bind(count)
-        self.lanes = min(a.lanes, columns)
+        self.lanes = a.lanes
         self.offsets = range(0, columns, self.lanes)[: 2 - columns // self.lanes % 2]  # of a register tile's vectors
         self.rows = 8 if target.registers() >= 32 else 4
         self.v_dim = -(-a.v_dim // self.rows) * self.rows
@@ -281,14 +320,14 @@ class _Tile:
             count = T.bind(tirx.min(stop - start, i32(KEYS)))
             with T.serial(0, count) as key:
                 for source, copy in ((a.k, self.k), (a.v, self.v)):
-                    width = math.gcd(int(source.shape[2]), self.lanes)
-                    with T.serial(0, source.shape[2] // width) as d:
-                        row = vector.load(source, [start + key, self.h, d * width], width)
-                        vector.store(copy, [key, d * width], row, width)
+                    _each_block(
+                        source.shape[2], self.lanes,
+                        lambda d, w: _put(copy, [key, d], _load(source, [start + key, self.h, d], w)),
+                    )
             self._over_columns(self.lanes * len(self.offsets), lambda c: self._scores(c, count))
             self._over_columns(self.lanes, lambda c: self._softmax(c, start, count))
             self._over_columns(self.lanes * len(self.offsets), lambda c: self._mix(c, count))
-        self._store()
+        self._over_columns(self.lanes, lambda c: _each_block(a.v_dim, self.lanes, lambda d, w: self._finish(c, d, w)))
 
     def _over_columns(self, step: int, body: Callable[[Any], None]) -> None:
         _each(T.serial, T.ceildiv(self.count, i64(step)), lambda c: body(c * i64(step)))
@@ -311,12 +350,17 @@ class _Tile:
             T.buffer_store(last, tirx.max(last[0], a.positions[row]), [0])
             for buffer, value in zip((self.top, self.total), a.sink(head), strict=True):
                 T.buffer_store(buffer, value, [0, c])
-            with T.serial(0, a.dim) as d:
-                value = vector.widened(a.q[row, head, d], str(a.q.dtype)) * tir.f32(a.scale)
-                T.buffer_store(self.q, value, [d, c])
         with T.serial(0, self.v_dim) as d, T.serial(0, self.columns) as c:
             T.buffer_store(self.mixed, tir.f32(0.0), [d, c])
+        self._over_columns(self.lanes, lambda c: _each_block(a.dim, self.lanes, lambda d, w: self._load(c, d, w)))
         return T.bind(low[0]), T.bind(last[0] + i32(1))
+
+    def _load(self, c: Any, d: Any, width: int) -> None:
+        """Dims d to d + width of a vector of queries, from c on, into their columns."""
+        rows = [_held(_load(self.a.q, [*self._place(c + i64(i)), d], width)) for i in range(self.lanes)]
+        columns = _transposed(rows) if width == self.lanes else [tirx.Shuffle(rows, list(range(self.lanes)))]
+        for i, column in enumerate(columns):
+            vector.store(self.q, [d + i32(i), c], column * T.broadcast(tir.f32(self.a.scale), self.lanes), self.lanes)
 
     def _product(self, c: Any, extent: Any, left: Callable, right: Any, initial: Callable) -> dict:
         """Some rows of the sum over x < extent of left(row, x) * right[x, columns from c on], in registers."""
@@ -372,9 +416,42 @@ class _Tile:
             for (r, j), each in sums.items():
                 vector.store(self.mixed, [row + i32(r), c + i64(j)], each.value, self.lanes)
 
-    def _store(self) -> None:
-        with T.serial(i64(0), self.count) as c:
-            row, head = (T.bind(each) for each in self._place(c))
-            inverse = _held(tir.f32(1.0) / self.total[0, c])
-            with T.serial(0, self.a.v_dim) as d:
-                T.buffer_store(self.a.out, (self.mixed[d, c] * inverse).astype(str(self.a.out.dtype)), [row, head, d])
+    def _finish(self, c: Any, d: Any, width: int) -> None:
+        """Dims d to d + width of a vector of queries, from c on, to where they belong in the output."""
+        inverse = _held(T.broadcast(tir.f32(1.0), self.lanes) / vector.load(self.total, [i32(0), c], self.lanes))
+        columns = [_held(vector.load(self.mixed, [d + i32(i), c], self.lanes) * inverse) for i in range(width)]
+        rows = _transposed(columns) if width > 1 else [tirx.Shuffle(columns, [i]) for i in range(self.lanes)]
+        for i, row in enumerate(rows):
+            with T.If(c + i64(i) < self.count), T.Then():
+                _put(self.a.out, [*self._place(c + i64(i)), d], row)
+
+
+def _transposed(rows: list) -> list:
+    """As many vectors as a vector has lanes, as the columns of a matrix whose rows they were."""
+    size = len(rows)
+    half = size // 2
+    while half:
+        low = [j if not j & half else size + j - half for j in range(size)]
+        high = [j + half if not j & half else size + j for j in range(size)]
+        pairs = {i: [rows[i & ~half], rows[i | half]] for i in range(size)}
+        rows = [_held(tirx.Shuffle(pairs[i], high if i & half else low)) for i in range(size)]
+        half //= 2
+    return rows
+
+
+def _each_block(dim: int, lanes: int, body: Callable[[Any, int], None]) -> None:
+    """`body(d, width)` for all of `dim`: by whole vectors where it is a multiple of them, else one by one."""
+    width = lanes if dim % lanes == 0 else 1
+    _each(T.serial, dim // width, lambda block: body(block * i32(width), width))
+
+
+def _load(buffer: Any, index: list, width: int) -> Any:
+    return vector.load(buffer, index, width) if width > 1 else vector.widened(buffer[tuple(index)], str(buffer.dtype))
+
+
+def _put(buffer: Any, index: list, value: Any) -> None:
+    """Store a float32, or a vector of them, in the buffer's dtype."""
+    lanes = str(value.ty.dtype).removeprefix("float32")
+    *outer, last = index
+    at = T.ramp(last, 1, int(lanes[1:])) if lanes else last
+    T.buffer_store(buffer, value.astype(str(buffer.dtype) + lanes), [*outer, at])

@@ -23,6 +23,7 @@ from .vector import Register, i64
 
 BLOCK = 1024  # of k
 FEW = 16  # tokens, up to which reading the weight takes longer than multiplying it
+TOKEN_CACHE = 16 * 2**10  # bytes of a token that stay in the first-level cache; past it more rows share a load
 TOKEN_BYTES = 384 * 2**10  # of packed activations, which stay in a core's second-level cache
 CHUNK_ROWS = 256  # weight rows that a thread takes at a time when tokens are many
 
@@ -97,10 +98,10 @@ def linear(x: Spec, weight: Spec, bias: Spec | None, out: Spec) -> tirx.PrimFunc
 
 def emit(product: Product) -> None:
     """The loops of `product`, for the body of a prim_func that IRBuilder makes."""
-    # The tiles that measured best: sums, one operand's vectors and one more just fit in the registers.
+    # The tiles that measured best. Their sums, the tokens' vectors and a weight's vector just fit in the registers.
     many = target.registers() == 32
     if product.high == 1:
-        _stream(product, 1, 4)
+        _stream(product, 1, 4 if 4 * product.k <= TOKEN_CACHE else 6)
     elif product.high is not None and product.high <= FEW:
         _stream(product, 4 if many else 2, 6)
     else:

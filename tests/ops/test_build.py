@@ -185,7 +185,26 @@ def test_processes_share_the_cache_and_compile_each_kernel_once(source, tmp_path
     }
 
 
-@pytest.mark.parametrize("suffix", [".o", ".json"])
+def test_without_a_c_compiler(source, folder, monkeypatch):
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: None)
+    module = load(source)
+    build.prepare(module.temp_scale.plan((ops.zeros((2, w)),), {"by": 2.0}).request() for w in (3, 4, 5))
+    assert len(build.log) == 3 and len([*folder.glob("*.ll")]) == 3 and not [*folder.glob("*.so")]
+    monkeypatch.setenv("NEVER_BUILD", "1")
+    for width in (3, 4, 5):
+        run(load(source), width)
+    assert len(build.log) == 3
+
+
+def test_a_c_compiler_that_does_not_link(source, folder, monkeypatch):
+    monkeypatch.setattr("tvm.support.cc.get_cc", lambda: "/bin/false")
+    with pytest.warns(RuntimeWarning, match="/bin/false does not link kernels: Compilation error:"):
+        run(load(source))
+    run(load(source))
+    assert len(build.log) == 1 and len([*folder.glob("*.ll")]) == 1
+
+
+@pytest.mark.parametrize("suffix", [".so", ".json"])
 def test_a_damaged_entry_is_built_again(source, folder, suffix):
     run(load(source))
     (path,) = folder.glob(f"*{suffix}")
@@ -195,13 +214,18 @@ def test_a_damaged_entry_is_built_again(source, folder, suffix):
     assert reasons() == ["not in the disk cache", "the cache entry was damaged"]
 
 
-def test_an_object_that_does_not_load_is_built_again(source, folder):
+def test_a_file_that_does_not_load_is_built_again(source, folder):
     run(load(source))
     (entry,) = store.entries()
-    store.put(entry.key, entry.what, lambda path: path.write_bytes(b"no object file") and None)
+
+    def write(folder: Path) -> Path:
+        (folder / "kernel.so").write_bytes(b"no library")
+        return folder / "kernel.so"
+
+    store.put(entry.key, entry.what, write)
     run(load(source))
     run(load(source))
-    assert len(build.log) == 2 and reasons()[1].startswith("the cached object does not load: ")
+    assert len(build.log) == 2 and reasons()[1].startswith("the cached kernel does not load: ")
 
 
 def test_cache_off(source, folder, monkeypatch):
@@ -290,7 +314,7 @@ def test_a_kernel_of_a_notebook_cell_is_never_mistaken():
         """What IPython does: code without a file, whose lines it can show. `factor` comes from another cell."""
         text = SOURCE.replace("T.float32(by)", "T.float32(factor)").replace("from __future__ import annotations", "")
         name = "<ipython-input-7-abc>"
-        linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+        linecache.cache[name] = (len(text), None, [*text.splitlines(True)], name)
         namespace = {"__name__": "__main__", "factor": factor}
         exec(compile(text, name, "exec"), namespace)
         return namespace["temp_scale"]
@@ -357,7 +381,7 @@ def test_a_kernel_that_does_not_compile(source, folder):
     for _ in range(2):
         with pytest.raises(KernelError, match=message) as caught:
             run(module)
-    assert isinstance(caught.value.__cause__, NotImplementedError)
+        assert isinstance(caught.value.__cause__, NotImplementedError)
     assert not build.log and not store.entries()
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,15 +20,19 @@ def folder(tmp_path, monkeypatch):
 
 
 def put(key: str = KEY, content: bytes = b"machine code", what: str = "double(x=float32[n])") -> None:
-    store.put(key, what, lambda path: path.write_bytes(content) and None)
+    def write(folder: Path) -> Path:
+        (folder / "kernel.so").write_bytes(content)
+        return folder / "kernel.so"
+
+    store.put(key, what, write)
 
 
 def test_put_and_find(folder):
     assert store.find(KEY) == (None, "not in the disk cache") and not store.has(KEY)
     put()
-    assert store.find(KEY) == (folder / f"{KEY}.o", "") and store.has(KEY)
-    assert (folder / f"{KEY}.o").read_bytes() == b"machine code"
-    assert {each.name for each in folder.iterdir()} == {f"{KEY}.o", f"{KEY}.json"}, "no temporary files stay"
+    assert store.find(KEY) == (folder / f"{KEY}.so", "") and store.has(KEY)
+    assert (folder / f"{KEY}.so").read_bytes() == b"machine code"
+    assert {each.name for each in folder.iterdir()} == {f"{KEY}.so", f"{KEY}.json"}, "no temporary files stay"
     (entry,) = store.entries()
     assert (entry.key, entry.what) == (KEY, "double(x=float32[n])") and entry.bytes > 12
 
@@ -42,19 +47,19 @@ def test_put_and_find(folder):
         lambda o, record: record.write_text("[]"),
         lambda o, record: record.write_text("{}"),
         lambda o, record: record.write_bytes(b"\xff\xfe\x00"),
-        lambda o, record: record.write_text(json.dumps({"digest": 3, "what": "x"})),
+        lambda o, record: record.write_text(json.dumps({"digest": 3, "what": "x", "suffix": ".so"})),
     ],
 )
 def test_a_damaged_entry_is_found_out_and_removed(folder, damage):
     put()
-    damage(folder / f"{KEY}.o", folder / f"{KEY}.json")
+    damage(folder / f"{KEY}.so", folder / f"{KEY}.json")
     assert store.find(KEY) == (None, "the cache entry was damaged")
     assert not list(folder.iterdir()) and store.find(KEY) == (None, "not in the disk cache")
 
 
 def test_an_entry_without_its_object(folder):
     put()
-    (folder / f"{KEY}.o").unlink()
+    (folder / f"{KEY}.so").unlink()
     assert store.find(KEY) == (None, "not in the disk cache")
     put()
     assert store.find(KEY)[0] is not None
@@ -106,7 +111,7 @@ def test_clear(folder):
     with store.locked(KEY):
         pass
     (folder / "tmpleft").mkdir()
-    (folder / "tmpleft/kernel.o").write_bytes(b"half")
+    (folder / "tmpleft/kernel.so").write_bytes(b"half")
     (folder / "note.txt").write_text("not ours")
     assert store.clear() == 2
     assert [each.name for each in folder.iterdir()] == ["note.txt"]
@@ -114,7 +119,7 @@ def test_clear(folder):
 
 def test_a_full_disk_means_no_cache(folder):
     def full(path):
-        path.write_bytes(b"half")
+        (path / "kernel.so").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     store.put(KEY, "double", full)
@@ -123,7 +128,7 @@ def test_a_full_disk_means_no_cache(folder):
 
 def test_another_error_while_writing_is_not_hidden(folder):
     def broken(path):
-        path.write_bytes(b"half")
+        (path / "kernel.so").write_bytes(b"half")
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -147,7 +152,7 @@ def test_a_cache_of_somebody_else_serves(folder, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "utime", refused)
-    assert store.find(KEY) == (folder / f"{KEY}.o", "")
+    assert store.find(KEY) == (folder / f"{KEY}.so", "")
 
 
 def test_a_file_system_without_locks(folder, monkeypatch):
