@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -148,14 +149,14 @@ def cache(
     action: Annotated[str, typer.Argument(metavar="ACTION", help="show or clear")] = "show",
 ) -> None:
     """Show or clear the compiled kernels that are kept on disk."""
-    from .info import show_kernels
+    from .info import kernels, show_kernels
 
-    if action == "clear":
-        typer.echo(f"removed {store.clear()} kernels from {store.directory()}")
-    elif action == "show":
+    if action not in ("show", "clear"):
+        raise UserError(f"limpid cache {action}: expected show or clear")
+    if action == "show" or store.directory() is None:
         show_kernels()
     else:
-        raise UserError(f"limpid cache {action}: expected show or clear")
+        typer.echo(f"removed {kernels(store.clear())} from {store.directory()}")
 
 
 def _stdin() -> str:
@@ -214,6 +215,8 @@ def _closing_line(stream: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what a person can put right is one line and exit code 2."""
     given = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
     try:
         code = app(given or ["--help"], prog_name="limpid", standalone_mode=False)  # 130 for Ctrl-C
         sys.stdout.flush()
@@ -223,7 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except BrokenPipeError:  # the reader of a pipe has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 

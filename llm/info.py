@@ -18,8 +18,8 @@ from .tree import size
 
 def show(model: Any, name: str) -> None:
     """The model's tree, then a table of what it is and needs."""
-    console = Console(highlight=False)
-    console.print(repr(model), markup=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False)
+    console.print(repr(model), soft_wrap=True)
     parameters = sum(weight.size for _, weight in model.parameters())
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in (
@@ -62,4 +62,9 @@ def show_kernels() -> None:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         print(f"{when}  {size(entry.bytes):>7}  {entry.what}")
     total = sum(entry.bytes for entry in entries)
-    print(f"{len(entries)} kernels, {size(total)} of at most {size(store.limit())}, in {store.directory()}")
+    print(f"{kernels(len(entries))}, {size(total)} of at most {size(store.limit())}, in {store.directory()}")
+
+
+def kernels(count: int) -> str:
+    """`1 kernel`, `2 kernels`."""
+    return f"{count} kernel{'' if count == 1 else 's'}"

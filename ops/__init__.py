@@ -11,16 +11,16 @@ def _set_threads() -> None:
 
 _set_threads()
 
-from . import scope  # noqa: E402
-from .attention import attention  # noqa: E402
-from .call import Call, Kernel  # noqa: E402
-from .embedding import cache_write, concat, embedding  # noqa: E402
-from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError  # noqa: E402
-from .intercept import Interceptor, install, intercepted  # noqa: E402
-from .linear import linear  # noqa: E402
-from .norm import layer_norm, rms_norm  # noqa: E402
-from .op import Op, like, op  # noqa: E402
-from .pointwise import (  # noqa: E402
+from . import build, ceilings, memory, scope, spec, target
+from .attention import attention, mix, scores
+from .call import Call, Kernel
+from .embedding import cache_write, concat, embedding
+from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError
+from .intercept import Interceptor, install, intercepted
+from .linear import linear
+from .norm import layer_norm, rms_norm
+from .op import Op, like, op
+from .pointwise import (
     add,
     add_row,
     cast,
@@ -39,12 +39,70 @@ from .pointwise import (  # noqa: E402
     sub,
     tanh,
 )
-from .prepare import prepare  # noqa: E402
-from .reduce import argmax, log_softmax, softmax, top_k  # noqa: E402
-from .rotary import rope  # noqa: E402
-from .select import Selector  # noqa: E402
-from .spec import Dim, Spec  # noqa: E402
-from .tensor import Tensor, empty, tensor, zeros  # noqa: E402
+from .prepare import prepare
+from .reduce import argmax, log_softmax, softmax, top_k
+from .rotary import rope
+from .select import Selector
+from .spec import Dim, Spec
+from .tensor import Tensor, empty, tensor, zeros
 
 __all__ = [
+    "Call",
+    "DTypeError",
+    "Dim",
+    "Interceptor",
+    "Kernel",
+    "KernelError",
+    "Op",
+    "OpError",
+    "Selector",
+    "SelectorError",
+    "ShapeError",
+    "Spec",
+    "Tensor",
+    "add",
+    "add_row",
+    "argmax",
+    "attention",
+    "build",
+    "cache_write",
+    "cast",
+    "ceilings",
+    "concat",
+    "copy",
+    "div",
+    "embedding",
+    "empty",
+    "gelu",
+    "gelu_mul",
+    "install",
+    "intercepted",
+    "layer_norm",
+    "like",
+    "linear",
+    "log_softmax",
+    "memory",
+    "mix",
+    "mul",
+    "mul_row",
+    "neg",
+    "offset",
+    "op",
+    "prepare",
+    "rms_norm",
+    "rope",
+    "scale",
+    "scope",
+    "scores",
+    "silu",
+    "silu_mul",
+    "softcap",
+    "softmax",
+    "spec",
+    "sub",
+    "tanh",
+    "target",
+    "tensor",
+    "top_k",
+    "zeros",
 ]

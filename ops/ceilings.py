@@ -6,6 +6,7 @@ Measured, not looked up, with kernels that do nothing else. A kernel's bytes or 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable
 
@@ -20,10 +21,11 @@ from .schedule import vector
 from .schedule.vector import Register, i64
 from .tensor import tensor, zeros
 
-_BYTES = 2**28  # read in one pass: several times a last-level cache
+_BYTES = 2**28  # all that is read: several times a last-level cache
+_PARTS = 8  # read one at a time: a short pass finds its quiet moment on a busy machine
 _STREAMS = 4  # per thread
 _CHAINS = 12  # independent sums per thread: enough to hide the latency of an fma, and they fit in 16 registers
-_ROUNDS = 2**18
+_ROUNDS = 2**16
 _SECONDS = 0.4  # spent on the measurement of one ceiling
 
 
@@ -32,9 +34,10 @@ def read_bandwidth() -> float:
     """Bytes per second that all threads together read from memory: the floor of what streams weights."""
     values = np.empty(_BYTES // 4, "float32")  # NumPy asks for large pages, which read faster
     values[::1024] = 1.0  # pages that nobody wrote would all be one page of zeros
-    data, sums = tensor(values), zeros((target.threads() * target.lanes(),))
-    run = tvm.compile(_reader(data.size), target=target.host())["reader"]
-    return _BYTES / _best(lambda: run(data.buffer.data, sums.buffer.data))
+    parts = itertools.cycle([tensor(part) for part in np.split(values, _PARTS)])
+    sums = zeros((target.threads() * target.lanes(),))
+    run = tvm.compile(_reader(values.size // _PARTS), target=target.host())["reader"]
+    return _BYTES / _PARTS / _best(lambda: run(next(parts).buffer.data, sums.buffer.data))
 
 
 @functools.cache

@@ -346,7 +346,7 @@ def test_what_no_config_can_say_is_not_saved(saved, tmp_path):
     with pytest.raises(llm.UserError, match=r"layers\.1\.self_attn\.q_proj\.weight.* and 14 more would not load"):
         model.save(tmp_path / "wrapped")
     model.layers[1] = lambda x, rotate, cache: x
-    with pytest.raises(llm.UserError, match="a config.json cannot say how this model was changed"):
+    with pytest.raises(llm.UserError, match=r"a config\.json cannot say how this model was changed"):
         model.save(tmp_path / "wrapped")
     assert not (tmp_path / "wrapped").exists()
     with pytest.raises(llm.UserError, match=r"weights are not loaded: embed_tokens\.weight"):

@@ -178,7 +178,7 @@ def test_an_unloaded_model_prints_and_does_not_run():
 
     bare = build(CONFIG)
     assert repr(bare).count("not loaded") >= 9
-    with pytest.raises(ops.OpError, match="weight is ops.spec.Spec, expected Tensor"):
+    with pytest.raises(ops.OpError, match=r"weight is ops\.spec\.Spec, expected Tensor"):
         bare([1])
 
 

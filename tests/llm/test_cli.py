@@ -1,0 +1,318 @@
+"""The command line as a person meets it: text on stdout, everything else on stderr, errors in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import llm
+import ops
+from llm import bench, cli
+
+from . import small
+
+STORIES = Path(__file__).resolve().parents[2] / "../shared/data/stories260K"
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with a model that has a chat template."""
+    model = small.model(np.random.default_rng(1))
+    model.tokenizer = small.tokenizer(chat_template=small.TEMPLATE)
+    return str(model.save(tmp_path_factory.mktemp("models") / "chatty"))
+
+
+@pytest.fixture
+def limpid(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command in this process; gives its exit code, stdout and stderr."""
+
+    def run(*arguments: str, stdin: str | bytes = "") -> tuple[Any, str, str]:
+        raw = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
+        with pytest.raises(SystemExit) as exit:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return run
+
+
+def started(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "llm", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_generate(limpid, chatty):
+    wanted = llm.load(chatty).generate("Begin", max_tokens=8)
+    for arguments in (("Begin",), ("--prompt", "Begin"), ("-p", "Begin")):
+        code, out, err = limpid("generate", *arguments, "--model", chatty, "--max-tokens", "8")
+        assert (code, out) == (0, f"Begin{wanted}\n")
+        assert err.count("\n") == 1
+        assert err.startswith(f"6 prompt tokens, {len(wanted.tokens)} generated, prefill ")
+        assert "tokens/s, decode " in err
+    options = ("--model", chatty, "-n", "8", "--temp", "1.2", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01")
+    more = ("--seed", "7", "--dtype", "float32", "--device", "cpu", "--repetition-penalty", "1.1")
+    sampled = limpid("generate", "Begin", *options, *more)
+    assert sampled[1] == limpid("generate", "Begin", *options, *more)[1]
+
+
+@pytest.mark.parametrize("stdin", ["Begin", "Begin\n"])
+def test_the_prompt_may_be_piped_in(limpid, chatty, stdin):
+    piped = limpid("generate", "-", "--model", chatty, "-n", "8", stdin=stdin)
+    assert piped[:2] == limpid("generate", "Begin", "--model", chatty, "-n", "8")[:2]
+    assert piped[:2] == limpid("generate", "--prompt", "-", "--model", chatty, "-n", "8", stdin=stdin)[:2]
+
+
+def test_a_trained_model_tells_its_story(limpid):
+    if not STORIES.is_dir():
+        pytest.skip("needs stories260K in ../shared/data")
+    path = str(STORIES / "stories260K.bin")
+    code, out, _ = limpid("generate", "--model", path, "--temp", "0", "--max-tokens", "256", "--dtype", "float32")
+    assert code == 0
+    assert out == (STORIES / "greedy.txt").read_text() + "\n"
+
+
+def test_without_arguments_it_tells_a_story(limpid):
+    code, out, err = limpid("generate", "--max-tokens", "12")
+    assert code == 0
+    assert len(out.strip()) > 10
+    assert "12 generated" in err
+
+
+WRONG = [
+    (("generate", "--model", "tine"), "no file or directory 'tine' here|'tine' is not in the cache|'tine' could not"),
+    (("generate", "--model", "./nowhere/model"), "no model at './nowhere/model': "),
+    (("generate", "--model", "README.md"), "'README.md' is not a model file"),
+    (("generate", "--model", "a b/c"), "not a repository id|no model at"),
+    (("generate", "--model", ""), "no model given"),
+    (("generate", "--model", "tests"), "has neither model.safetensors nor|has no config.json"),
+    (("generate", "--model", "tiny", "--revision", "main"), "'tiny' is local and has no revision 'main'"),
+    (("generate", "--dtype", "float64"), "dtype 'float64' is not supported; choose one of float32, float16, bfloat16"),
+    (("generate", "--device", "cuda"), "device 'cuda' is not supported"),
+    (("generate", "--max-tokens", "-1"), "max_tokens is -1, expected an integer, 0 or above"),
+    (("generate", "--max-tokens", "many"), "--max-tokens.*valid integer"),
+    (("generate", "--temp", "-1"), "temperature is -1.0"),
+    (("generate", "--temp", "nan"), "temperature is nan"),
+    (("generate", "--temp", "hot"), "--temp.*valid number"),
+    (("generate", "--top-p", "0"), "top_p is 0.0"),
+    (("generate", "--top-k", "-3"), "top_k is -3"),
+    (("generate", "--min-p", "1.5"), "min_p is 1.5"),
+    (("generate", "--repetition-penalty", "0"), "repetition_penalty is 0.0"),
+    (("generate", "--seed", "-1"), "seed is -1"),
+    (("generate", "--tokens", "5"), "No such option: --tokens"),
+    (("generate", "one", "two"), "unexpected extra argument"),
+    (("generate", "one", "--prompt", "two"), "the prompt is given twice"),
+    (("generate", "word " * 3000), "do not fit: this model's context holds"),
+    (("generate", "a\udcff"), "not valid Unicode"),
+    (("chat",), "this model has no chat template: it is not made for chat; use generate"),
+    (("info", "tine.bin"), "no model at 'tine.bin'"),
+    (("cache", "empty"), "limpid cache empty: expected show or clear"),
+    (("bench", "speed"), "limpid bench speed: expected dispatch, ops, gemv, decode, prefill"),
+    (("bench", "decode", "--shape", "70b"), "shape '70b' is not known; choose tiny, 135m, llama-1b, 3b"),
+    (("bench", "decode", "--dtype", "int4"), "dtype 'int4' is not supported"),
+    (("talk",), "No such command 'talk'"),
+    (("--version",), "No such option: --version"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), WRONG, ids=[" ".join(each)[:40] for each, _ in WRONG])
+def test_a_mistake_is_one_line(limpid, monkeypatch, arguments, expected):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = limpid(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("limpid: ")
+    assert err.count("\n") == 1
+    assert re.search(expected, err), err
+
+
+def test_stdin_that_is_no_text(limpid, chatty):
+    code, out, err = limpid("generate", "-", "--model", chatty, stdin=b"\xff\xfe")
+    assert (code, out) == (2, "")
+    assert err == "limpid: standard input is not utf-8 text: invalid start byte at byte 0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LIMPID_CACHE_LIMIT", "much"), ("LIMPID_THREADS", "all"), ("LIMPID_THREADS", "0")]
+)
+def test_the_environment_is_checked(limpid, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    code, _, err = limpid("cache", "show")
+    assert code == 2
+    assert err.startswith(f"limpid: {name} is '{value}', expected a number of ")
+
+
+def test_help(limpid, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = limpid()
+    assert (code, out) == limpid("--help")[:2]
+    for command in ("generate", "chat", "info", "bench", "cache"):
+        assert f"\n  {command} " in out
+        assert limpid(command, "-h")[1].startswith(f"Usage: limpid {command} ")
+    out = limpid("generate", "--help")[1]
+    flags = [
+        "--model",
+        "--prompt",
+        "--max-tokens",
+        "--temp",
+        "--top-k",
+        "--top-p",
+        "--min-p",
+        "--seed",
+        "--dtype",
+        "--device",
+    ]
+    places = [out.index(f"{flag} ") for flag in flags]
+    assert places == sorted(places)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_chat(limpid, chatty):
+    code, out, err = limpid("chat", "--model", chatty, "-n", "6", stdin="Hi\n\nMore\nexit\nnever read\n")
+    model = llm.load(chatty)
+    messages = [{"role": "user", "content": "Hi"}]
+    first = model.chat(messages, max_tokens=6).finish()
+    messages += [{"role": "assistant", "content": first.strip()}, {"role": "user", "content": "More"}]
+    second = model.chat(messages, max_tokens=6).finish()
+    assert code == 0
+    assert out == f"{first}\n{second}\n"
+    assert err.count("6 generated") == 2
+    code, out, _ = limpid("chat", "--model", chatty, "-n", "6", "--system", "Be brief.", stdin="Hi")
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert (code, out) == (0, f"{model.chat(system, max_tokens=6).finish()}\n")
+
+
+def test_info(limpid, chatty):
+    code, out, err = limpid("info", chatty)
+    assert (code, err) == (0, "")
+    assert "layers.0-2: 3 x Block" in out
+    for line in ("weights +159 kB as float32", "context +400 tokens", "chat template +yes", "vocabulary +258, "):
+        assert re.search(f"^{line}", out, re.MULTILINE), line
+    code, out, _ = limpid("info")
+    assert code == 0
+    assert out.startswith("Llama  ")
+
+
+def test_cache(limpid, monkeypatch, tmp_path, rng):
+    monkeypatch.setenv("LIMPID_CACHE", str(tmp_path / "cache"))
+    assert limpid("cache")[1] == f"0 kernels, 0 B of at most 1.07 GB, in {tmp_path}/cache/kernels\n"
+    eps = float(rng.random())  # a kernel that nobody has built
+    ops.rms_norm(ops.zeros((1, 4)), ops.zeros((4,)), eps=eps)
+    code, out, err = limpid("cache", "show")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].endswith(f"B  rms_norm(x=float32[1, 4], weight=float32[4], eps={eps}, plus_one=False)")
+    assert out.splitlines()[1].startswith("1 kernel, ")
+    assert limpid("cache", "clear")[1] == f"removed 1 kernel from {tmp_path}/cache/kernels\n"
+    assert list((tmp_path / "cache/kernels").iterdir()) == []
+    monkeypatch.setenv("LIMPID_CACHE", "off")
+    assert limpid("cache", "show")[1] == "the disk cache is off (LIMPID_CACHE=off)\n"
+    assert limpid("cache", "clear")[:2] == (0, "the disk cache is off (LIMPID_CACHE=off)\n")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks that measure next to nothing: only what they print matters here."""
+    measure = bench.interleaved
+    monkeypatch.setattr(bench, "interleaved", lambda sides, *_, **more: measure(sides, 0.01, **more))
+    monkeypatch.setattr(bench.ceilings, "read_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(bench.ceilings, "fma_peak", lambda: 1e11)
+    monkeypatch.setattr(bench, "_COLD", 2**20)
+
+
+def test_bench_json(limpid, quick):
+    def result(what: str) -> dict[str, Any]:
+        code, out, _ = limpid("bench", what, "--json")
+        assert code == 0
+        values = json.loads(out)
+        assert (values["bench"], values["shape"], values["dtype"]) == (what, "tiny", "float32")
+        return values
+
+    costs = result("dispatch")
+    assert 0 < costs["bare_us"] < costs["call_us"]
+    assert costs["overhead_us"] == pytest.approx(costs["call_us"] - costs["bare_us"])
+    for row in result("gemv")["rows"]:
+        assert len(row["shape"]) == 2
+        assert row["gb_per_s"] > 0
+        assert row["share_of_bandwidth"] == pytest.approx(row["gb_per_s"] / 10)
+    decode = result("decode")
+    assert decode["tokens_per_s"] > 0
+    assert decode["peak_memory_bytes"] > 2**20
+    assert isinstance(decode["compiles"], int)
+
+
+def test_bench_tables(limpid, quick):
+    code, out, _ = limpid("bench", "dispatch")
+    assert code == 0
+    assert "rms_norm float32[1, " in out
+    code, out, _ = limpid("bench", "gemv")
+    assert code == 0
+    assert "share_of_bandwidth" in out
+
+
+def test_ctrl_c_ends_the_text_and_not_with_a_traceback(chatty):
+    process = started("generate", "Begin", "--model", chatty, "--max-tokens", "390", "--temp", "1")
+    assert process.stdout is not None
+    beginning = process.stdout.read(6)  # it is running
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert (beginning + rest).startswith("Begin")
+    assert rest.endswith("\n")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].endswith(", interrupted")
+
+
+def test_a_closed_pipe_is_no_error(chatty):
+    process = started("generate", "Begin", "--model", chatty, "--max-tokens", "390")
+    assert process.stdout is not None
+    process.stdout.read(6)
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert process.wait(60) == 1
+    assert err == ""
+    process.stderr.close()
+
+
+def test_text_that_the_terminal_cannot_show(chatty):
+    process = started("generate", "é🙂", "--model", chatty, "-n", "3", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.startswith("??")
+
+
+SECOND_START = """
+import sys
+import llm, ops
+model = llm.load(sys.argv[1])
+text = model.generate("Hi", max_tokens=80)
+model.generate("A longer prompt, of more than seventeen tokens", max_tokens=2)
+print(len(ops.build.log), text.tokens)
+"""
+
+
+def test_a_second_start_compiles_nothing(chatty, tmp_path):
+    outputs = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", SECOND_START, chatty],
+            capture_output=True, text=True, env=os.environ | {"LIMPID_CACHE": str(tmp_path)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.split(" ", 1))
+    (first, text), (second, again) = outputs
+    assert int(first) > 20
+    assert int(second) == 0
+    assert text == again
