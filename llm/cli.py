@@ -107,6 +107,7 @@ def chat(
         try:
             said = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
+            typer.echo("", nl=sys.stdin.isatty())  # the shell's prompt begins a line of its own
             break
         if said.strip().lower() in ("exit", "quit"):
             break

@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as B
 
+from . import target
 from .errors import DTypeError, KernelError, ShapeError
 from .op import like, op
 from .reduce import softmax
-from .schedule import flash
+from .schedule import flash, flash_decode, flash_prefill
 from .schedule.flash import LOWEST, capped, seen
-from .spec import FLOATS
+from .spec import FLOATS, Dim
 from .tensor import Tensor
 from .tir import exp, f32
 
@@ -38,7 +41,7 @@ def _check_keys(q: Any, k: Any, positions: Any, window: int | None, softcap: flo
         raise DTypeError(f"positions is {positions}, expected int32")
     if positions.shape != q.shape[:1]:
         raise ShapeError(f"positions is {positions}, expected [{q.shape[0]}] for q {q}")
-    if k.shape[2] != q.shape[2] or not k.shape[1] or q.shape[1] % k.shape[1]:
+    if k.shape[2] != q.shape[2] or 0 in k.shape[1:] or q.shape[1] % k.shape[1]:
         raise ShapeError(
             f"k is {k}, expected [t, kv_heads, {q.shape[2]}] for q {q}, kv_heads a divisor of {q.shape[1]}"
         )
@@ -96,7 +99,7 @@ def _scores(q, k, positions, scale, window, softcap):
 
 
 def _softmax(s, sinks):
-    top = s.max(axis=-1, keepdims=True)
+    top = s.max(axis=-1, keepdims=True, initial=-np.inf)
     sink = -np.inf if sinks is None else sinks.astype("float64")[:, None]
     top = np.maximum(top, sink)
     e = np.exp(s - top)
@@ -199,14 +202,40 @@ def _without(function: Any, index: int) -> Any:
     return tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
 
 
-attention.template("cpu")(flash.build)
+@attention.template("cpu")
+def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
+    n, t = (s if isinstance(s, int) else tirx.Var(s.name, "int64") for s in (q.shape[0], k.shape[0]))
+
+    def buffer(name: str, spec: Any, size: Any) -> Any:
+        return B.arg(name, B.buffer((size, *spec.shape[1:]), spec.dtype, align=spec.itemsize))
+
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        B.func_name("attention")
+        problem = flash.Problem(
+            q=buffer("q", q, n),
+            k=buffer("k", k, t),
+            v=buffer("v", v, t),
+            positions=buffer("positions", positions, n),
+            sinks=sinks and buffer("sinks", sinks, sinks.shape[0]),
+            out=buffer("out", out, n),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            lanes=target.lanes(),
+        )
+        problem.check_positions()
+        if q.shape[0] == 1 and flash_decode.applies(problem):
+            flash_decode.emit(problem)
+        else:
+            flash_prefill.emit(problem, q.shape[0].high if isinstance(q.shape[0], Dim) else q.shape[0])
+    return builder.get()
 
 
 @op(symbolic={"q": "n", "positions": "n", "k": "t"}, ranges=(1, 2, 17))
 def scores(
     q: Tensor, k: Tensor, positions: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """The first step of `attention`, with its arguments: float32 [n, heads, t], -inf where a query does not see a key."""
+    """The first step of `attention`: its logits, float32 [n, heads, t], -inf where a query does not see a key."""
     _check_keys(q, k, positions, window, softcap)
     return like(q, (*q.shape[:2], k.shape[0]), "float32")
 

@@ -107,8 +107,10 @@ def _fixed(primfunc: Any, specs: list) -> Any:
     """The function with the sizes that it leaves open, but that the specs know, put in: a range of one size."""
     for parameter, spec in zip(primfunc.params, specs, strict=True):
         if isinstance(spec, Spec) and not spec.symbolic and any(isinstance(each, tirx.Var) for each in parameter.shape):
+            sizes = zip(parameter.shape, spec.shape, strict=True)
+            shape = [tirx.IntImm("int64", size) if isinstance(each, tirx.Var) else each for each, size in sizes]
             buffer = tirx.decl_buffer(
-                spec.shape, spec.dtype, parameter.name, elem_offset=parameter.elem_offset,
+                shape, spec.dtype, parameter.name, elem_offset=parameter.elem_offset,
                 data_alignment=parameter.data_alignment, offset_factor=parameter.offset_factor,
             )  # fmt: skip
             return _fixed(primfunc.specialize({parameter: buffer}), specs)

@@ -245,7 +245,7 @@ class Op(Generic[P, R]):
                 result.append(spec)
                 continue
             shape = list(spec.shape)
-            for axis, dim in enumerate(self.symbolic.get(name, ())):
+            for axis, dim in enumerate(self.symbolic.get(name, ())[: spec.ndim]):
                 if dim is None:
                     continue
                 known, shape[axis] = sizes.setdefault(dim, (shape[axis], self._range(dim, shape[axis])))

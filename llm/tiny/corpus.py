@@ -7,6 +7,7 @@ answer is then read from the context, not remembered. Standard library only, so 
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ PLACES = [
 ]
 TRAITS = words("kind brave little quiet clever cheerful shy gentle curious funny")
 ANIMALS = words("dog cat bird rabbit duck horse frog mouse")
+CONTENT = re.compile(rf"\b(?:{'|'.join(NAMES + COLOURS + OBJECTS + TRAITS)})\b")
 
 # How a day begins, and how the same weather reads when it ends.
 WEATHER = [
@@ -77,13 +79,6 @@ class Person:
 
     def __str__(self) -> str:
         return self.name
-
-
-class Document(NamedTuple):
-    """`answers` are the offsets in the text where a word starts that follows from what stands before it."""
-
-    text: str
-    answers: set[int]
 
 
 class Mix(NamedTuple):
@@ -322,31 +317,38 @@ def facts(world: World, mix: Mix) -> list[str]:
     return told
 
 
-def document(rng: random.Random, mix: Mix) -> Document:
+def document(rng: random.Random, mix: Mix) -> str:
     """A story, or facts and what follows from them."""
     world = World(rng, held_out=False)
     if rng.random() < mix.stories:
         told, ending = story(world)
-        asked, count = STATED, 2
+        asked, count = STATED, 1
     else:
         told, ending = facts(world, mix), []
         asked, count = ASKED, rng.randint(2, 5)
-    text, answers = " ".join(told), set()
     for _ in range(count):
         question, rest = world.question(asked)
-        if question.prompt in text:  # what is said twice teaches the model to go round in circles
-            continue
-        text += f" {question.prompt}"
-        answers.add(len(text))
-        text += question.answer + rest
-    return Document(" ".join((text, *ending)), answers)
+        sentence = question.prompt + question.answer + rest
+        if sentence not in told:  # what is said twice teaches the model to go round in circles
+            told.append(sentence)
+    return " ".join((*told, *ending))
 
 
-def documents(seed: int, mix: Mix = FULL) -> Iterator[Document]:
+def documents(seed: int, mix: Mix = FULL) -> Iterator[str]:
     """The corpus: without end, the same for the same arguments."""
     rng = random.Random(seed)
     while True:
         yield document(rng, mix)
+
+
+def recalled(text: str) -> set[int]:
+    """The offsets of the spaces before those names, colours, objects and traits that the text has said before."""
+    found, said = set(), set()
+    for match in CONTENT.finditer(text):
+        if match[0] in said:
+            found.add(match.start() - 1)
+        said.add(match[0])
+    return found
 
 
 def held_out_questions(count: int, seed: int) -> list[Question]:

@@ -94,7 +94,7 @@ def i32(value: int) -> tirx.IntImm:
     return tirx.IntImm("int32", value)
 
 
-def each(count: Any, body: Callable[[Any], None]) -> None:
+def repeat(count: Any, body: Callable[[Any], None]) -> None:
     """Emit `body(index)` in a loop."""
     with T.serial(0, count) as index:
         body(index)

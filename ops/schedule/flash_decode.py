@@ -18,7 +18,7 @@ from tvm.tirx.script import builder as T
 from .. import target, tir
 from ..spec import DTYPES
 from . import vector
-from .flash import KEYS, LOWEST, Problem, Register, capped, each, held, i32
+from .flash import KEYS, LOWEST, Problem, Register, capped, held, i32, repeat
 from .vector import i64
 
 AHEAD = 8  # keys that are asked for before they are needed; values are when the key is, and used after the block's keys
@@ -65,7 +65,7 @@ class _Step:
         self.top, self.total, self.decay = scratch(a.group), scratch(a.group), scratch(a.group)
 
     def emit(self, low: Any, stop: Any) -> None:
-        each(self.heads, self._start)
+        repeat(self.heads, self._start)
         with T.serial(0, T.ceildiv(stop - low, i32(KEYS))) as block:
             start = T.bind(low + block * i32(KEYS))
             count = T.bind(tirx.min(stop - start, i32(KEYS)))
@@ -75,7 +75,7 @@ class _Step:
                 for g in range(self.a.group):
                     self._softmax(h, g, count)
                 self._mix(h, start, count)
-        each(self.heads, self._finish)
+        repeat(self.heads, self._finish)
 
     def _start(self, h: Any) -> None:
         a = self.a
@@ -98,9 +98,9 @@ class _Step:
         for d in range(0, a.dim, width):
             k = T.bind(vector.load(a.k, [row, self.first + h, i32(d)], width))
             for g, each in enumerate(sums):
-                total.value = vector.fma(vector.load(self.q, [h, i32(g * a.dim + d)], width), k, total.value, width)
+                each.value = vector.fma(vector.load(self.q, [h, i32(g * a.dim + d)], width), k, each.value, width)
         for g, each in enumerate(sums):
-            T.buffer_store(self.score, _across(operator.add, [total.value], width), [h, key + i32(g * KEYS)])
+            T.buffer_store(self.score, _across(operator.add, [each.value], width), [h, key + i32(g * KEYS)])
 
     def _softmax(self, h: Any, g: int, count: Any) -> None:
         """A head's scores of a block become weights; its maximum and total take the block in."""
@@ -136,9 +136,9 @@ class _Step:
                 values = {d: T.bind(vector.load(a.v, [row, self.first + h, i32(d)], width)) for d in columns}
                 for (g, d), each in sums.items():
                     factor = T.broadcast(self.score[h, key + i32(g * KEYS)], width)
-                    total.value = vector.fma(factor, values[d], total.value, width)
+                    each.value = vector.fma(factor, values[d], each.value, width)
             for (g, d), each in sums.items():
-                vector.store(self.mixed, [h, i32(g * a.v_dim + d)], total.value, width)
+                vector.store(self.mixed, [h, i32(g * a.v_dim + d)], each.value, width)
 
     def _finish(self, h: Any) -> None:
         a = self.a

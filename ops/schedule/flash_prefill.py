@@ -14,14 +14,14 @@ from tvm.tirx.script import builder as T
 
 from .. import target, tir
 from . import vector
-from .flash import KEYS, LOWEST, Problem, Register, capped, each, held, i32, seen
+from .flash import KEYS, LOWEST, Problem, Register, capped, held, i32, repeat, seen
 from .vector import i64
 
 COLUMNS = 64  # queries a tile, at the most
 
 
 def emit(a: Problem, high: int | None) -> None:
-    """The kernel's body, for at most `high` rows: tiles of queries of one kv head after the other, dealt out in turn: later tiles see more keys."""
+    """The kernel's body for at most `high` rows. Tiles are dealt out in turn, since later ones see more keys."""
     columns = COLUMNS if high is None else min(COLUMNS, -(-high * a.group // a.lanes) * a.lanes)
     queries = T.bind(a.q.shape[0] * i64(a.group))
     tiles = T.bind(T.ceildiv(queries, i64(columns)))
@@ -68,16 +68,22 @@ class _Tile:
             self._over_columns(self.lanes * len(self.offsets), lambda c: self._scores(c, count))
             self._over_columns(self.lanes, lambda c: self._softmax(c, start, count))
             self._over_columns(self.lanes * len(self.offsets), lambda c: self._mix(c, count))
-        self._over_columns(self.lanes, lambda c: _each_block(a.v_dim, self.lanes, lambda d, w: self._finish(c, d, w)))
+        self._over_columns(
+            self.lanes, lambda c: _repeat_blocks(a.v_dim, self.lanes, lambda d, w: self._finish(c, d, w))
+        )
 
     def _copy(self, source: Any, row: Any, copy: Any, key: Any) -> None:
         def part(d: Any, width: int) -> None:
             _put(copy, [key, d], _load(source, [row, self.h, d], width))
 
-        _each_block(int(source.shape[2]), self.lanes, part)
+        _repeat_blocks(int(source.shape[2]), self.lanes, part)
 
     def _over_columns(self, step: int, body: Callable[[Any], None]) -> None:
-        each(T.ceildiv(self.count, i64(step)), lambda c: body(c * i64(step)))
+        repeat(T.ceildiv(self.count, i64(step)), lambda c: body(c * i64(step)))
+
+    def _over_parts(self, dim: int, body: Callable[[Any, Any, int], None]) -> None:
+        """`body(c, d, width)` for vectors of columns and blocks of dims."""
+        self._over_columns(self.lanes, lambda c: _repeat_blocks(dim, self.lanes, lambda d, width: body(c, d, width)))
 
     def _place(self, c: Any) -> tuple[Any, Any]:
         """Row and head of column `c`."""
@@ -99,7 +105,7 @@ class _Tile:
                 T.buffer_store(buffer, value, [0, c])
         with T.serial(0, self.v_dim) as d, T.serial(0, self.columns) as c:
             T.buffer_store(self.mixed, tir.f32(0.0), [d, c])
-        self._over_columns(self.lanes, lambda c: _each_block(a.dim, self.lanes, lambda d, w: self._load(c, d, w)))
+        self._over_parts(a.dim, self._load)
         return T.bind(low[0]), T.bind(last[0] + i32(1))
 
     def _load(self, c: Any, d: Any, width: int) -> None:
@@ -186,10 +192,10 @@ def _transposed(rows: list) -> list:
     return rows
 
 
-def _each_block(dim: int, lanes: int, body: Callable[[Any, int], None]) -> None:
+def _repeat_blocks(dim: int, lanes: int, body: Callable[[Any, int], None]) -> None:
     """`body(d, width)` for all of `dim`: by whole vectors where it is a multiple of them, else one by one."""
     width = lanes if dim % lanes == 0 else 1
-    each(dim // width, lambda block: body(block * i32(width), width))
+    repeat(dim // width, lambda block: body(block * i32(width), width))
 
 
 def _load(buffer: Any, index: list, width: int) -> Any:

@@ -32,7 +32,7 @@ def test_growth_copies_less_than_it_holds(rng):
 
 
 def test_growth_keeps_what_was_written(rng):
-    cache, written = Cache(LIMIT), []
+    cache, written, held = Cache(LIMIT), [], ()
     while len(cache) < LIMIT:
         n = int(min(rng.integers(1, 90), LIMIT - len(cache)))
         keys, values = (rng.standard_normal((n, 2, 4)).astype("float32") for _ in "kv")

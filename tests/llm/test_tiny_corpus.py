@@ -6,7 +6,18 @@ from itertools import islice
 
 import pytest
 
-from llm.tiny.corpus import COLOURS, GIFTS, NAMES, OBJECTS, TRANSFERS, Thing, documents, held_out_questions, is_held_out
+from llm.tiny.corpus import (
+    COLOURS,
+    GIFTS,
+    NAMES,
+    OBJECTS,
+    TRANSFERS,
+    Thing,
+    documents,
+    held_out_questions,
+    is_held_out,
+    recalled,
+)
 
 
 def transfers(text: str) -> list[tuple[str, Thing, str]]:
@@ -29,7 +40,7 @@ def seed() -> int:
 
 
 def test_no_document_holds_a_held_out_transfer(seed: int) -> None:
-    told = [t for document in islice(documents(seed), 500) for t in transfers(document.text)]
+    told = [t for document in islice(documents(seed), 500) for t in transfers(document)]
     assert len(told) > 500
     assert not [t for t in told if is_held_out(*t)]
 
@@ -77,3 +88,12 @@ def test_the_same_seed_gives_the_same_text(seed: int) -> None:
     assert list(islice(documents(seed), 20)) == list(islice(documents(seed), 20))
     assert list(islice(documents(seed), 20)) != list(islice(documents(seed + 1), 20))
     assert held_out_questions(10, seed) == held_out_questions(10, seed)
+
+
+def test_recalled_words_stand_earlier_in_the_text(seed: int) -> None:
+    text = "Mia gave the red ball to Tom. The ball now belongs to Tom."
+    assert {text[at:].split()[0] for at in recalled(text)} == {"ball", "Tom."}
+    for document in islice(documents(seed), 100):
+        for at in recalled(document):
+            word = re.findall(r"\w+", document[at:])[0]
+            assert re.search(rf"\b{word}\b", document[:at]), (document, word)
