@@ -175,7 +175,7 @@ class TextStream:
 def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool = True) -> int:
     """Build the kernels for a prompt of `tokens` tokens and for decoding; gives how many had to be compiled.
 
-    `dtype` is that of the cache. The forwards of this dry run compute nothing, so a `breakpoint()` in them waits.
+    `dtype` is that of the cache.
     """
 
     def run() -> None:
@@ -184,11 +184,7 @@ def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool 
         if len(cache) < cache.limit:
             model([0], cache, logits_to_keep=1)
 
-    hook, sys.breakpointhook = sys.breakpointhook, lambda *_, **__: None
-    try:
-        return ops.prepare(run, progress)
-    finally:
-        sys.breakpointhook = hook
+    return ops.prepare(run, progress)
 
 
 def _watched() -> bool:

@@ -12,7 +12,7 @@ def _set_threads() -> None:
 _set_threads()
 
 from . import build, ceilings, memory, scope, spec, target
-from .attention import attention, mix, scores
+from .attention import attention, mix, scores, softmax_with_sinks
 from .call import Call, Kernel
 from .embedding import cache_write, concat, embedding
 from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError
@@ -98,6 +98,7 @@ __all__ = [
     "silu_mul",
     "softcap",
     "softmax",
+    "softmax_with_sinks",
     "spec",
     "sub",
     "tanh",

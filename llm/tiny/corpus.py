@@ -42,7 +42,7 @@ PLACES = [
 ]
 TRAITS = words("kind brave little quiet clever cheerful shy gentle curious funny")
 ANIMALS = words("dog cat bird rabbit duck horse frog mouse")
-CONTENT = re.compile(rf"\b(?:{'|'.join(NAMES + COLOURS + OBJECTS + TRAITS)})\b")
+CONTENT = re.compile(rf"\b(?:{'|'.join(NAMES + COLOURS + OBJECTS)})\b")
 
 # How a day begins, and how the same weather reads when it ends.
 WEATHER = [
@@ -107,20 +107,21 @@ def is_held_out(one: str, thing: Thing, other: str) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % 8 == 0
 
 
-# {g}iver, {r}eceiver, {c}olour, {o}bject: the two names come in both orders.
+# {g}iver, {r}eceiver, {c}olour, {o}bject. Facts put the two names in either order, stories the giver first: there the
+# plot says who gives.
 GIFTS = [
     "{g} gave the {c} {o} to {r}.",
     "{g} gave {r} the {c} {o}.",
     "{g} handed the {c} {o} to {r}.",
-    "{r} got the {c} {o} from {g}.",
-    "{r} was given the {c} {o} by {g}.",
-    "{r} took the {c} {o} from {g}.",
 ]
 TRANSFERS = [
     *GIFTS,
     "{g} sold the {c} {o} to {r}.",
     "{g} passed {r} the {c} {o}.",
+    "{r} got the {c} {o} from {g}.",
+    "{r} took the {c} {o} from {g}.",
     "{r} bought the {c} {o} from {g}.",
+    "{r} was given the {c} {o} by {g}.",
     "From {g}, {r} got the {c} {o}.",
 ]
 # The way back: {r} has the thing and {g} gets it again.
@@ -224,7 +225,7 @@ ENDING = """They ate bread and honey and told each other stories.|They sang a ha
 came by and looked at them. They laughed.
 {e}
 {A} and {B} walked home together.|{A} and {B} were tired and went home.|Then it was time to go home.
-Everyone said that {A} was a very {t} {A.girl}.|At home, {A} told {A.his} mother about {B}.|That night, {A} dreamed of \
+Everyone said that {A} was a very good {A.girl}.|At home, {A} told {A.his} mother about {B}.|That night, {A} dreamed of \
 {B} and the {x.noun}.
 From that day on, {A} and {B} were good friends.|They lived happily ever after.|The end."""
 PLOTS = {
@@ -236,7 +237,7 @@ One morning, {A} met a {B.girl} named {B} {q}.|{A} saw a {B.girl} {q}. The name 
 "You can have my {x.noun}," said {A}.|"Do not be sad," said {A}. "I have something for you."
 A > B
 {B} was very happy.|{B} smiled and danced with the {x.noun}.
-"Thank you, {A}!" said {B}. "You are a good friend."|"Thank you, {A}!" said {B}. "You are so {t}!\"""",
+"Thank you, {A}!" said {B}. "You are a good friend."|"Thank you, {A}!" said {B}. "You are so good to me!\"""",
     "lost": """{A} had {x.a}. It was the best {x.noun} of all.|{A} loved {A.his} {x} very much.
 But one morning, the {x.noun} was gone.|But then the wind took the {x.noun} away.
 {A} looked for it {p}, but it was not there. {A} was very sad.|{A} looked for it all day and began to cry.
@@ -342,7 +343,7 @@ def documents(seed: int, mix: Mix = FULL) -> Iterator[str]:
 
 
 def recalled(text: str) -> set[int]:
-    """The offsets of the spaces before those names, colours, objects and traits that the text has said before."""
+    """The offsets of the spaces before those names, colours and objects that the text has said before."""
     found, said = set(), set()
     for match in CONTENT.finditer(text):
         if match[0] in said:

@@ -25,6 +25,7 @@ CONFIG: dict[str, Any] = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
 }
+EOS = 257
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -46,7 +47,7 @@ def tokenizer(**options: Any) -> llm.Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    return llm.Tokenizer(backend, bos_id=256, eos_ids=[257], bos_token="<s>", eos_token="</s>", **options)
+    return llm.Tokenizer(backend, bos_id=256, eos_ids=[EOS], bos_token="<s>", eos_token="</s>", **options)
 
 
 class Addresses(ops.Interceptor):

@@ -8,7 +8,6 @@ import pytest
 
 from llm.tiny.corpus import (
     COLOURS,
-    GIFTS,
     NAMES,
     OBJECTS,
     TRANSFERS,
@@ -68,7 +67,7 @@ def test_answers_stand_in_their_prompts_in_both_orders(seed: int) -> None:
     for question in questions:
         assert question.answer[0] == " " and not question.prompt.endswith(" ")
         assert re.search(rf"\b{question.answer.strip()}\b", question.prompt), question
-    receiver_last = [phrase.index("{g}") < phrase.index("{r}") for phrase in GIFTS]
+    receiver_last = [phrase.index("{g}") < phrase.index("{r}") for phrase in TRANSFERS]
     assert any(receiver_last) and not all(receiver_last)
 
 

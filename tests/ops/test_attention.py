@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 import ops
 from debug.tolerance import KERNEL, relative_error
-from ops.attention import softmax_with_sinks
 from ops.schedule import cpu
 from tests.ops.harness import DTYPE_NAMES, check, random
 
@@ -178,18 +177,18 @@ def test_scores_and_mix(rng, variant, cache):
         s = check(ops.scores, q, k, positions, **constants(layout, **variant))
         p = np.exp(s.numpy() - s.numpy().max(axis=-1, keepdims=True))
         assert check(ops.mix, p, v, dtype=cache).dtype == cache
-        check(softmax_with_sinks, s.numpy(), random(rng, (layout[0],), cache))
+        check(ops.softmax_with_sinks, s.numpy(), random(rng, (layout[0],), cache))
 
 
 def test_no_length_of_the_cache_compiles_anew(rng):
     layout = LAYOUTS["gqa"]
     args = [inputs(rng, 1, layout, t, t - 1) for t in (40, 41, 97)]
-    requests = {op: set() for op in (ops.attention, ops.scores, ops.mix, softmax_with_sinks)}
+    requests = {op: set() for op in (ops.attention, ops.scores, ops.mix, ops.softmax_with_sinks)}
     for q, k, v, positions in args:
         x = np.zeros((1, 8, len(k)), "float32")
         calls = {
             ops.attention: (q, k, v, positions), ops.scores: (q, k, positions), ops.mix: (x, v),
-            softmax_with_sinks: (x, np.zeros(8, "float32")),
+            ops.softmax_with_sinks: (x, np.zeros(8, "float32")),
         }  # fmt: skip
         for op, arrays in calls.items():
             known = constants(layout) if op in (ops.attention, ops.scores) else {}

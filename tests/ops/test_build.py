@@ -417,3 +417,21 @@ def test_what_an_op_shows(source):
     assert "temp_scale(x: Tensor, *, by: float) -> Tensor" in help_text and "x * by, for tests." in help_text
     assert op.signature == "temp_scale(x: Tensor, *, by: float) -> Tensor" and op.__name__ == "temp_scale"
     np.testing.assert_array_equal(op.reference(ops.zeros((2, 3)), by=2), np.zeros((2, 3)))
+
+
+def test_a_dry_run_goes_unnoticed(capsys):
+    from ops import scope
+
+    passes = []
+
+    class Loud:
+        def forward(self, x):
+            passes.append(scope.current.get().number)
+            print("a print in a model")
+            breakpoint()
+            assert ops.neg(x).numpy().sum() != 0, "only zeros here"
+
+    x = ops.tensor(np.ones((3, 4), "float32"))
+    ops.prepare(lambda: scope.run(Loud(), "", Loud().forward, (x,), {}))
+    assert capsys.readouterr().out == ""
+    assert passes == [0]
