@@ -14,15 +14,16 @@ from tvm.script.tirx import builder
 from . import tir
 from .errors import DTypeError, OpError, ShapeError
 from .op import like, op
-from .spec import FLOATS, Spec
+from .spec import FLOATS, Dim, Spec
 from .tensor import Tensor
 
 _LEAST = -(2**31)
 _NAN = 2**31 - 1
 _BEYOND = 2**30
+_OPEN = ("n", None, "t")  # of attention's [n, heads, t] both ends; of [n, width] the first
 
 
-@op(symbolic={"x": "n"}, ranges=(1, 2, 17))
+@op(symbolic={"x": _OPEN}, ranges=(1, 2, 17))
 def softmax(x: Tensor) -> Tensor:
     """exp(x) / sum(exp(x)) over the last axis, computed in float32 from x - max(x).
 
@@ -32,7 +33,7 @@ def softmax(x: Tensor) -> Tensor:
     return _checked(x)
 
 
-@op(symbolic={"x": "n"}, ranges=(1, 2, 17))
+@op(symbolic={"x": _OPEN}, ranges=(1, 2, 17))
 def log_softmax(x: Tensor) -> Tensor:
     """x - max(x) - log(sum(exp(x - max(x)))) over the last axis, in float32: the log of `softmax`, without underflow.
 
@@ -129,12 +130,15 @@ def _each_row(name: str, shape: tuple, function: Callable[[Any], Any], rows: Any
 
 
 def _parameters(x: Spec, out: Spec) -> tuple[Any, Any, tuple]:
-    """The kernel's two buffers, and the shape of the first with its leading size open."""
-    n = tirx.Var("n", "int64")
-    shape = (n, *x.shape[1:])
-    source = builder.arg("x", builder.buffer(shape, x.dtype, align=x.itemsize))
-    target = builder.arg("out", builder.buffer((n, *out.shape[1:]), out.dtype, align=out.itemsize))
-    return source, target, shape
+    """The kernel's two buffers, and the shape of the first; the leading size is open, and so is each `Dim`."""
+    n, width = tirx.Var("n", "int64"), tirx.Var("t", "int64")
+
+    def sizes(spec: Spec) -> tuple:
+        return (n, *(width if isinstance(size, Dim) else size for size in spec.shape[1:]))
+
+    source = builder.arg("x", builder.buffer(sizes(x), x.dtype, align=x.itemsize))
+    target = builder.arg("out", builder.buffer(sizes(out), out.dtype, align=out.itemsize))
+    return source, target, sizes(x)
 
 
 @softmax.kernel

@@ -73,3 +73,11 @@ def test_nan_counts_as_largest():
 def test_wrong_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_softmax_serves_every_length_of_a_cache(rng):
+    check(ops.softmax, random(rng, (1, 2, 5), "float32"))
+    before = len(ops.build.log)
+    for width in (1, 2, 16, 33, 100):
+        check(ops.softmax, random(rng, (1, 2, width), "float32"))
+    assert ops.build.log[before:] == []
