@@ -125,7 +125,7 @@ def decode(shape: str, dtype: str) -> dict[str, Any]:
         model([1] * context, cache, logits_to_keep=1)
         times = _steps(model, cache, most=64, seconds=8.0)
         rows.append({"context": context, "tokens_per_s": 1 / statistics.median(times), "steps": len(times)})
-    compiles, peak = len(build.log), peak_memory()  # before the ceilings add kernels and buffers of their own
+    compiles, peak = len(build.log), peak_memory()  # before the ceilings take memory of their own
     floor = model.nbytes / ceilings.read_bandwidth()
     return {
         "tokens_per_s": rows[0]["tokens_per_s"],

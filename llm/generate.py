@@ -138,7 +138,7 @@ class TextStream:
         if self.max_tokens == 0:
             self.finish_reason = "length"
             return
-        if not _watched():
+        if not _watched() and _is_ours(self.model):
             prepare(self.model, len(self.prompt), self.cache.dtype)
         history = list(self.prompt)
         started = time.perf_counter()
@@ -192,6 +192,11 @@ def _watched() -> bool:
     monitoring = getattr(sys, "monitoring", None)  # what a debugger may use from Python 3.12 on
     debugger = monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None
     return debugger or sys.gettrace() is not None or bool(ops.intercept.chain())
+
+
+def _is_ours(module: Any) -> bool:
+    """No layer is the user's: such a one may keep what it sees, and a dry run would show it zeros."""
+    return type(module).__module__.startswith("llm.") and all(_is_ours(child) for _, child in module.children())
 
 
 def chat_prompt(model: Model, messages: list[dict[str, Any]]) -> str:

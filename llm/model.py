@@ -78,7 +78,7 @@ class Model(Module):
         return save(self, Path(directory))
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """The text that follows `prompt`; options as for `llm.generate.stream`."""
+        """The text that follows `prompt`; options as for `llm.generate.TextStream`."""
         return self.stream(prompt, **options).finish()
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> TextStream:

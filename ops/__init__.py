@@ -6,7 +6,8 @@ import os as _os
 def _set_threads() -> None:
     """TVM reads its thread count once, at import, and takes one thread on a small machine: say it before."""
     cores = len(_os.sched_getaffinity(0)) if hasattr(_os, "sched_getaffinity") else _os.cpu_count() or 1
-    _os.environ.setdefault("TVM_NUM_THREADS", _os.environ.get("LIMPID_THREADS") or str(cores))
+    given = _os.environ.get("LIMPID_THREADS") or _os.environ.get("TVM_NUM_THREADS")
+    _os.environ["TVM_NUM_THREADS"] = given or str(cores)
 
 
 _set_threads()

@@ -14,7 +14,7 @@ class DTypeError(OpError):
 
 
 class SelectorError(OpError):
-    """A selector that is not understood, or that matched nothing."""
+    """A selector that is not understood, or that can mean no call."""
 
 
 class KernelError(RuntimeError):

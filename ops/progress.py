@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def tracked(items: Iterable[T], what: str, total: int | None = None, shown: bool = True) -> Iterable[T]:
-    """`items`, with a bar labelled `what` while they are gone through, when `shown` and standard error is a terminal."""
+    """`items`, with a bar labelled `what` as they are gone through, if `shown` and standard error is a terminal."""
     if not shown or not sys.stderr.isatty():
         return items
     from rich.console import Console

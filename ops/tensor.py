@@ -72,7 +72,7 @@ class Tensor:
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array over the same memory, on the CPU; a change in one is seen in the other."""
         if self.device != "cpu":
-            raise OpError(f"{self.spec} is not on the CPU; copy it with ops.copy(x, device='cpu')")
+            raise OpError(f"{self.spec} is not on the CPU, and NumPy sees only CPU memory")
         if self.dtype not in _STORAGE:
             return np.from_dlpack(self.buffer.data)
         bits = memory.view_as(self.buffer, self.shape, _STORAGE[self.dtype])

@@ -12,6 +12,7 @@ PACKAGES = ("ops", "debug", "llm")
 MAY_IMPORT = {"ops": {"ops"}, "debug": {"ops", "debug"}, "llm": {"ops", "llm"}}
 SEES_DEBUG = {"llm/cli.py"}
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -33,11 +34,13 @@ def test_imports_point_down(path):
 
 
 def test_models_do_not_import_each_other():
-    names = {path.stem for path in (ROOT / "llm/models").glob("*.py")} - {"__init__"}
-    for path in (ROOT / "llm/models").glob("*.py"):
+    models = {path.stem: path for path in (ROOT / "llm/models").glob("*.py") if path.stem != "__init__"}
+    assert "llama" in models
+    for path in models.values():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
-            assert not (module.startswith("llm.models.") and module.split(".")[-1] in names - {path.stem})
+            named = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {part for name in named for part in name.split(".")} & {*models, "models"}, path
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -47,7 +50,7 @@ def test_packages_lie_in_this_repository(package):
     assert Path(file).is_relative_to(ROOT)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SOURCES + TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_stay_short(path):
     assert len(path.read_text("utf-8").splitlines()) <= 400
 

@@ -225,8 +225,8 @@ ENDING = """They ate bread and honey and told each other stories.|They sang a ha
 came by and looked at them. They laughed.
 {e}
 {A} and {B} walked home together.|{A} and {B} were tired and went home.|Then it was time to go home.
-Everyone said that {A} was a very good {A.girl}.|At home, {A} told {A.his} mother about {B}.|That night, {A} dreamed of \
-{B} and the {x.noun}.
+Everyone said that {A} was a very good {A.girl}.|At home, {A} told {A.his} mother about {B}.|That night, {A} dreamed \
+of {B} and the {x.noun}.
 From that day on, {A} and {B} were good friends.|They lived happily ever after.|The end."""
 PLOTS = {
     "gift": """{A} had {x.a}. {A.He} liked to play with {A.his} {x.noun}.|{A} loved {A.his} {x} very much.

@@ -248,7 +248,8 @@ For example, after "{prompt}" the model says "{answer}".
 
 Its words are the grammar's: other words are spelt in bytes and mean nothing to it. It cannot chat. One thing changes
 hands in a document: with two, it mixes them up. It was trained on documents of up to {longest} tokens: what it writes
-beyond that, or after `</s>`, means nothing.
+beyond that, or after `</s>`, means nothing. Now and then a character meets a namesake, or a girl becomes a boy; its
+most probable stories resemble each other, since greedy text always takes the same side of the grammar's dice.
 
 ## Commands
 

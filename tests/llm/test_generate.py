@@ -320,19 +320,21 @@ def test_a_prompt_may_be_read_in_pieces(model, rng):
 def test_a_dry_run_is_not_seen(model, monkeypatch):
     """Kernels are built before the first token by forwards that compute nothing: nobody may stop in them."""
     seen: list[float] = []
+    kept: list[float] = []
 
     class Stops(llm.Module):
         def __init__(self, inner: Any):
             self.inner = inner
 
         def forward(self, x: ops.Tensor, rotate: Any, cache: Any) -> ops.Tensor:
+            kept.append(float(np.abs(x.numpy()).max()))
             breakpoint()
             return self.inner(x, rotate, cache)
 
     model.layers[0] = Stops(model.layers[0])
     monkeypatch.setattr(sys, "breakpointhook", lambda: seen.append(1))
     model.generate("Hi", max_tokens=3)
-    assert len(seen) == 3
+    assert len(seen) == len(kept) == 3 and min(kept) > 0
     watched = small.addresses(lambda: model.generate("Hi", max_tokens=3))
     assert watched.count("/embedding[0]") + watched.count("embed_tokens/embedding[0]") == 3
     assert generate.prepare(model, 3) == 0

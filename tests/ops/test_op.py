@@ -15,11 +15,6 @@ from .harness import random
 from .toys import Model, Recorder, toy_add_to, toy_double, toy_split, toy_unbuilt
 
 
-@pytest.fixture
-def x(rng) -> ops.Tensor:
-    return ops.tensor(random(rng, (3, 8), "float32"))
-
-
 def test_errors_name_the_op_the_scope_and_the_argument(x):
     double: Any = toy_double  # what a checker of types would not let pass
     split: Any = toy_split

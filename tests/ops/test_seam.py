@@ -2,8 +2,6 @@
 
 import gc
 import inspect
-import threading
-from contextvars import copy_context
 
 import numpy as np
 import pytest
@@ -12,14 +10,7 @@ import ops
 from ops import Dim, Interceptor, Spec, build
 from ops import scope as scopes
 
-from .harness import random
 from .toys import Model, Recorder, toy_double, toy_split, toy_unbuilt
-
-
-@pytest.fixture
-def x(rng) -> ops.Tensor:
-    return ops.tensor(random(rng, (3, 8), "float32"))
-
 
 ADDRESSES = [
     "layers.0/toy_double[0]",
@@ -302,51 +293,6 @@ def test_order_outermost_first(x):
     assert "".join(order) == "p[a[b[c[" + "p(a(b(c(" + ")c)b)a)p" + "]c]b]a]p"
 
 
-def test_install_for_the_process(x):
-    seen, local = Recorder(), Recorder()
-    first, second = ops.install(seen), ops.install(seen)
-    toy_double(x)
-    assert len(seen.calls) == 2, "installed twice, it sees twice"
-    first.remove()
-    first.remove()
-    with ops.intercepted(local):
-        thread = threading.Thread(target=toy_double, args=(x,))
-        thread.start()
-        thread.join()
-    assert (len(seen.calls), len(local.calls)) == (3, 0), "other threads: of the process yes, of the `with` no"
-    second.remove()
-    toy_double(x)
-    assert len(seen.calls) == 3
-
-
-def test_with_belongs_to_a_context(x):
-    seen = Recorder()
-    with ops.intercepted(seen):
-        inside = copy_context()
-        outside_calls = []
-        thread = threading.Thread(target=lambda: outside_calls.append(inside.run(toy_double, x)))
-        thread.start()
-        thread.join()
-    assert len(seen.calls) == 1 and len(outside_calls) == 1, "a context that is handed over takes its tools along"
-    inside.run(toy_double, x)
-    assert len(seen.calls) == 2
-    toy_double(x)
-    assert len(seen.calls) == 2
-
-
-def test_a_generator_sees_the_tools_of_who_asks_it(x):
-    def steps():
-        while True:
-            yield toy_double(x)
-
-    seen, generator = Recorder(), steps()
-    next(generator)
-    with ops.intercepted(seen):
-        next(generator)
-    next(generator)
-    assert len(seen.calls) == 1
-
-
 def test_ops_of_an_interceptor_are_its_own(x):
     class Doubling(Interceptor):
         """Doubles every output with the op that it also sees."""
@@ -406,16 +352,6 @@ def test_after_an_exception_or_ctrl_c_all_is_as_before(x):
             Model()(x)
         assert seen.addresses == ADDRESSES
     assert scopes.current.get().path == ""
-
-
-def test_prepare_is_a_dry_run(x):
-    model = Model(1, 24)
-    given = ops.tensor(np.ones((3, 24), "float32"))
-    compiled = ops.prepare(lambda: model(given), progress=False)
-    assert not model.totals[0].numpy().any(), "nothing was launched"
-    before = len(build.log)
-    model(given)
-    assert len(build.log) == before and compiled >= 0 and model.totals[0].numpy().any()
 
 
 def test_calls_that_a_tool_keeps_hold_their_tensors(x):

@@ -14,11 +14,6 @@ from .harness import random
 from .toys import Model, Recorder, toy_add_to, toy_double, toy_quadruple
 
 
-@pytest.fixture
-def x(rng) -> ops.Tensor:
-    return ops.tensor(random(rng, (3, 8), "float32"))
-
-
 def test_a_kernel_in_use(x, rng):
     def triple(x):
         return 3 * x
