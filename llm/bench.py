@@ -5,6 +5,7 @@ Medians over interleaved repetitions, so that a machine whose speed drifts is dr
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -215,8 +216,26 @@ def _cases(c: Any, tokens: int, dtype: str) -> Iterable[tuple[str, Callable[[], 
         2 * keys.nbytes + 2 * q.nbytes,
         4 * dim * pairs,
     )
-    yield "silu_mul", lambda: ops.silu_mul(wide, wide), 3 * wide.nbytes, 12 * wide.size
-    yield "add", lambda: ops.add(x, x), 3 * x.nbytes, x.size
+    yield from _plain_cases(x, wide, weight)
+    weights = _normal((tokens, heads, 1024), "float32")
+    yield (
+        "scores, 1024 keys",
+        lambda: ops.scores(q, keys, last, scale=dim**-0.5),
+        keys.nbytes + q.nbytes + weights.nbytes,
+        2 * dim * pairs,
+    )
+    yield "softmax, 1024 keys", lambda: ops.softmax(weights), 2 * weights.nbytes, 12 * weights.size
+    yield (
+        "mix, 1024 keys",
+        lambda: ops.mix(weights, keys, dtype=dtype),
+        keys.nbytes + q.nbytes + weights.nbytes,
+        2 * dim * weights.size,
+    )
+    if tokens == 1:  # what a head's output goes through
+        logits = _normal((1, c.vocab_size), dtype)
+        yield "log_softmax, vocabulary", lambda: ops.log_softmax(logits), 2 * logits.nbytes, 12 * logits.size
+        yield "argmax, vocabulary", lambda: ops.argmax(logits), logits.nbytes, logits.size
+        yield "top_k 50, vocabulary", lambda: ops.top_k(logits, k=50), logits.nbytes, logits.size
     for outputs, inputs in ((width, width), (inner, width), (width, inner)):
         matrix = _normal((outputs, inputs), dtype)
         given = x if inputs == width else wide
@@ -226,6 +245,22 @@ def _cases(c: Any, tokens: int, dtype: str) -> Iterable[tuple[str, Callable[[], 
             matrix.nbytes + given.nbytes + tokens * outputs * matrix.spec.itemsize,
             2 * tokens * outputs * inputs,
         )
+
+
+def _plain_cases(x: Any, wide: Any, weight: Any) -> Iterable[tuple[str, Callable[[], Any], int, int]]:
+    """The cases that go over their arguments once."""
+    yield "layer_norm", lambda: ops.layer_norm(x, weight, weight, eps=1e-5), 2 * x.nbytes, 8 * x.size
+    yield "silu_mul", lambda: ops.silu_mul(wide, wide), 3 * wide.nbytes, 12 * wide.size
+    for form in ("none", "tanh"):
+        gelu_mul = functools.partial(ops.gelu_mul, wide, wide, approximate=form)
+        yield f"gelu_mul {form}", gelu_mul, 3 * wide.nbytes, 20 * wide.size
+    for name, two in (("add", ops.add), ("mul", ops.mul)):
+        yield name, functools.partial(two, x, x), 3 * x.nbytes, x.size
+    yield "scale", lambda: ops.scale(x, 0.5), 2 * x.nbytes, x.size
+    yield "softcap", lambda: ops.softcap(x, cap=30.0), 2 * x.nbytes, 14 * x.size
+    other = "bfloat16" if x.dtype == "float32" else "float32"
+    yield f"cast to {other}", lambda: ops.cast(x, dtype=other), x.nbytes + x.size * ops.Spec((), other).itemsize, x.size
+    yield "concat", lambda: ops.concat(x, x), 4 * x.nbytes, 0
 
 
 def _linear_shapes(shape: str) -> list[tuple[int, int]]:
@@ -276,7 +311,7 @@ def _table(result: dict[str, Any]) -> None:
     if rows:
         table = Table(box=None, pad_edge=False)
         for key in rows[0]:
-            table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+            table.add_column(key.replace("_", " "), justify="left" if isinstance(rows[0][key], str) else "right")
         for row in rows:
             table.add_row(*map(_shown, row.values()))
         console.print(table)

@@ -99,10 +99,13 @@ def chat(
     revision: Revision = None,
 ) -> None:
     """Talk with a chat model. Ctrl-C stops an answer, Ctrl-D or "exit" ends the conversation."""
+    from .generate import Chat
+
     loaded = _load(model, dtype, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    loaded.chat([*messages, {"role": "user", "content": ""}], max_tokens=0)  # says at once when it cannot chat
+    conversation = Chat(loaded)
+    conversation.answer([*messages, {"role": "user", "content": ""}], max_tokens=0)  # says at once when it cannot chat
     while True:
         try:
             said = input("> " if sys.stdin.isatty() else "")
@@ -114,7 +117,7 @@ def chat(
         if not said.strip():
             continue
         messages.append({"role": "user", "content": said})
-        stream = loaded.chat(messages, max_tokens=max_tokens, **options)
+        stream = conversation.answer(messages, max_tokens=max_tokens, **options)
         messages.append({"role": "assistant", "content": _print(stream).strip()})
         _closing_line(stream)
 

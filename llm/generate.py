@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -170,6 +171,26 @@ class TextStream:
             if self.alternatives:
                 self.top_logprobs.append(top_logprobs(values, self.alternatives))
         return token
+
+
+class Chat:
+    """A conversation with a chat model; each token is read once, as far as the template keeps what was said."""
+
+    def __init__(self, model: Model):
+        self.model, self.cache = model, model.new_cache()
+        self._read: list[int] = []
+        self._stream: TextStream | None = None
+
+    def answer(self, messages: list[dict[str, Any]], **options: Any) -> TextStream:
+        """Stream the answer to all the `messages` so far ({"role", "content"}); options as for `TextStream`."""
+        prompt = chat_prompt(self.model, messages)  # says first when the model cannot chat
+        ids = self.model.tokenizer.encode(prompt) if self.model.tokenizer else []
+        read = (self._read + (self._stream.tokens if self._stream else []))[: len(self.cache)]
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(read, ids[:-1], strict=False))
+        self.cache.truncate(sum(1 for _ in same))
+        self._read = ids
+        self._stream = TextStream(self.model, ids[len(self.cache) :], cache=self.cache, **options)
+        return self._stream
 
 
 def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool = True) -> int:

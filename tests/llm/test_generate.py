@@ -350,3 +350,16 @@ def test_the_text_before_decides_how_the_next_begins(stories):
     model_ids = small.tokenizer().encode("a🙂b")
     detokenizer = Detokenizer(small.tokenizer(), after=model_ids[:3])  # in the middle of the character
     assert [detokenizer.add(id) for id in model_ids[3:]] == ["", "", "🙂", "b"]
+
+
+def test_a_conversation_reads_each_token_once(model):
+    model.tokenizer.chat_template = small.TEMPLATE
+    chat, messages = generate.Chat(model), [{"role": "user", "content": "Hello"}]
+    for said in ("more", "and more", "enough"):
+        stream = chat.answer(messages, max_tokens=9)
+        assert stream.finish() == model.chat(messages, max_tokens=9).finish()
+        whole = len(model.tokenizer.encode(generate.chat_prompt(model, messages)))
+        assert stream.prompt_tokens == whole if len(messages) == 1 else stream.prompt_tokens < whole - 12
+        messages += [{"role": "assistant", "content": "an answer " * 5}, {"role": "user", "content": said}]
+    messages[0]["content"] = "Another beginning"
+    assert chat.answer(messages, max_tokens=9).finish() == model.chat(messages, max_tokens=9).finish()

@@ -41,7 +41,9 @@ def test_its_story_is_one_story():
     text = llm.load("tiny").generate("", max_tokens=200)
     sentences = re.findall(r"[^.!?]+[.!?]", text)
     assert len(sentences) >= 10
-    assert len(set(sentences)) == len(sentences)  # it does not go round in circles
+    long = [sentence for sentence in sentences if len(sentence.split()) >= 5]
+    assert len(set(long)) == len(long)  # it does not go round in circles
+    assert not re.search(r"(\w+) (?:gave|handed) (?:the \w+ \w+ to )?\1\b", text)  # nobody gives to themselves
     people = re.findall(r"(?:named|is) ([A-Z]\w+)", text)
     assert people and text.count(people[0]) >= 3
 

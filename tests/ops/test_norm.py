@@ -1,4 +1,7 @@
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ops
 from tests.ops.harness import DTYPE_NAMES, check, random
@@ -10,6 +13,15 @@ from tests.ops.harness import DTYPE_NAMES, check, random
 def test_rms_norm(rng, dtype, n, width, plus_one):
     x, weight = random(rng, (n, width), dtype), random(rng, (width,), dtype)
     check(ops.rms_norm, x, weight, eps=1e-5, plus_one=plus_one)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(0, 40), width=st.sampled_from([1, 29]), dtype=st.sampled_from(DTYPE_NAMES), seed=st.integers(0))
+def test_any_number_of_rows(n, width, dtype, seed):
+    rng = np.random.default_rng(seed)
+    x, weight = random(rng, (n, width), dtype), random(rng, (width,), dtype)
+    check(ops.rms_norm, x, weight, eps=1e-5)
+    check(ops.layer_norm, x, weight, eps=1e-5)
 
 
 def test_rms_norm_float32_weight(rng):
