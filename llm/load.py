@@ -59,10 +59,6 @@ def _load_directory(path: Path, dtype: str | None, progress: bool) -> Model:
 
 
 def _load_llama2c(path: Path, dtype: str | None, progress: bool) -> Model:
-    if path.suffix != ".bin":
-        raise CheckpointError(
-            f"{path} is not a model; expected a directory in Hugging Face's layout or a llama2.c .bin"
-        )
     raw, tensors = read_llama2c(path)
     model = build(raw, dtype or "float32")
     _fill(model, tensors, progress)

@@ -62,6 +62,7 @@ def _download(repo: str, revision: str | None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    meant = "; did you mean 'tiny'?" if difflib.get_close_matches(repo, ["tiny"]) else ""
     at = f"{repo!r}" + (f" at revision {revision!r}" if revision is not None else "")
     try:
         found = Path(
@@ -80,7 +81,7 @@ def _download(repo: str, revision: str | None) -> Path:
     except errors.RepositoryNotFoundError as error:
         raise ModelNotFound(
             f"no file or directory {repo!r} here, and no such repository on the Hub "
-            f"(if it is private, log in with `hf auth login`)"
+            f"(if it is private, log in with `hf auth login`){meant}"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelNotFound(f"{repo!r} has no revision {revision!r}: give a branch, tag or commit of it") from error
@@ -90,8 +91,12 @@ def _download(repo: str, revision: str | None) -> Path:
         ) from error
     except errors.LocalEntryNotFoundError as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            raise ModelNotFound(f"{at} is not in the cache, and HF_HUB_OFFLINE is set: unset it to download") from error
-        raise ModelNotFound(f"{at} is not in the cache, and the Hub cannot be reached: check the network") from error
+            raise ModelNotFound(
+                f"{at} is not in the cache, and HF_HUB_OFFLINE is set: unset it to download{meant}"
+            ) from error
+        raise ModelNotFound(
+            f"{at} is not in the cache, and the Hub cannot be reached: check the network{meant}"
+        ) from error
     except (errors.XetDownloadError, errors.RevisionResolutionError, httpx2.HTTPError, OSError) as error:
         raise ModelNotFound(f"{at} could not be downloaded ({_first_line(error)}): run again to resume") from error
     if not any(found.glob("*.safetensors")):

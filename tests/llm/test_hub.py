@@ -133,7 +133,10 @@ def test_only_what_is_needed_is_downloaded(hub: dict[str, Any]) -> None:
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
-def test_errors_of_the_hub_are_one_clear_line(hub: dict[str, Any], error: Exception, expected: str) -> None:
+def test_errors_of_the_hub_are_one_clear_line(
+    hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     hub["raises"] = error
     message = refused("owner/name", "v9")
     assert expected in message and "'owner/name'" in message
@@ -143,6 +146,7 @@ def test_offline_mode_is_named(hub: dict[str, Any], monkeypatch: pytest.MonkeyPa
     hub["raises"] = errors.LocalEntryNotFoundError("none")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set: unset it" in refused("owner/name")
+    assert "unset it to download; did you mean 'tiny'?" in refused("tine")
 
 
 def test_offline_mode_of_the_real_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 import llm
 import ops
-from llm.errors import CheckpointError, ConfigError, TokenizerError
+from llm.errors import CheckpointError, ConfigError, ModelNotFound, TokenizerError
 from llm.load import build, randomize
 from llm.weights import read_file, write_directory
 
@@ -380,4 +380,4 @@ def test_llama2c(tmp_path):
     (tmp_path / "stories260K.bin").write_bytes(content[:-4])
     assert "truncated" in refused(tmp_path / "stories260K.bin", CheckpointError)
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
-    assert "weights.gguf is not a model" in refused(tmp_path / "weights.gguf", CheckpointError)
+    assert "weights.gguf' is not a model" in refused(tmp_path / "weights.gguf", ModelNotFound)
