@@ -42,7 +42,7 @@ def check(op: Any, *args: Any, tolerance: float | None = None, **constants: Any)
     assert len(actual) == len(expected), f"{len(actual)} outputs, {len(expected)} in the reference"
     for each, reference in zip(actual, expected, strict=True):
         bound = KERNEL.get(each.dtype, 0.0) if tolerance is None else tolerance
-        error = relative_error(each.numpy().astype("float64"), np.asarray(reference, "float64"))
+        error = relative_error(each.numpy().astype("float64"), np.asarray(reference, "float64"), each.dtype)
         assert error <= bound, (
             f"{op.name}: error {error:.3g} > {bound:.3g} for {[getattr(t, 'spec', t) for t in tensors]}"
         )
