@@ -78,8 +78,7 @@ def generate(
     loaded = _load(model, dtype, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     stream = loaded.stream(text, max_tokens=max_tokens, **options)
-    sys.stdout.write(text)
-    _print(stream)
+    _print(stream, text)
     _closing_line(stream)
 
 
@@ -156,7 +155,7 @@ def cache(
     from .info import kernels, show_kernels
 
     if action not in ("show", "clear"):
-        raise UserError(f"limpid cache {action}: expected show or clear")
+        raise UserError(f"cache {action}: expected show or clear")
     if action == "show" or store.directory() is None:
         show_kernels()
     else:
@@ -188,17 +187,18 @@ def _sampling(temp: float, top_k: int, top_p: float, min_p: float, penalty: floa
     }
 
 
-def _print(stream: Any) -> str:
-    """Print the pieces as they come; Ctrl-C ends the text, not the program."""
-    said = ""
+def _print(stream: Any, prompt: str = "") -> str:
+    """Print the prompt and the pieces as they come; Ctrl-C ends the text, not the program."""
+    said, waiting = "", prompt  # the prompt waits for the first piece: until then a progress bar has the line
     try:
         for piece in stream:
             said += piece
-            sys.stdout.write(piece)
+            sys.stdout.write(waiting + piece)
             sys.stdout.flush()
+            waiting = ""
     except KeyboardInterrupt:
         stream.finish_reason = "interrupted"
-    sys.stdout.write("\n")
+    sys.stdout.write(waiting + "\n")
     sys.stdout.flush()
     return said
 
@@ -206,9 +206,10 @@ def _print(stream: Any) -> str:
 def _closing_line(stream: Any) -> None:
     """Speed of prefill and decode, on standard error, so that a pipe carries the text alone."""
     decoded = max(len(stream.tokens) - 1, 0)
-    parts = [f"{stream.prompt_tokens} prompt tokens", f"{len(stream.tokens)} generated"]
+    read = stream.prompt_tokens
+    parts = [f"{read} prompt token{'' if read == 1 else 's'}", f"{len(stream.tokens)} generated"]
     if stream.prefill_seconds:
-        parts.append(f"prefill {stream.prompt_tokens / stream.prefill_seconds:.1f} tokens/s")
+        parts.append(f"prefill {read / stream.prefill_seconds:.1f} tokens/s")
     if decoded and stream.decode_seconds:
         parts.append(f"decode {decoded / stream.decode_seconds:.1f} tokens/s")
     if stream.finish_reason == "interrupted":

@@ -50,6 +50,8 @@ class Model(Module):
 
     def ids(self, given: Any) -> Tensor:
         """Token ids as an int32 tensor [n], from a list, an array or a tensor. Raises UserError."""
+        if isinstance(given, str):
+            raise UserError("ids are token ids, given text; use model.tokenizer.encode(text), or model.generate(text)")
         if isinstance(given, Tensor):
             given = given.numpy()
         array = np.asarray(given)

@@ -12,7 +12,7 @@ def _set_threads() -> None:
 
 _set_threads()
 
-from . import build, ceilings, memory, scope, spec, target
+from . import build, ceilings, memory, scope, select, spec, target
 from .attention import attention, mix, scores, softmax_with_sinks
 from .call import Call, Kernel
 from .embedding import cache_write, concat, embedding
@@ -95,6 +95,7 @@ __all__ = [
     "scale",
     "scope",
     "scores",
+    "select",
     "silu",
     "silu_mul",
     "softcap",

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import build, intercept, memory
 from .call import Call, Kernel, as_tuple, raw, signature_line
-from .errors import KernelError, OpError, ShapeError
+from .errors import KernelError, OpError, SelectorError, ShapeError
 from .scope import active, current, pass_call
 from .select import Selector
 from .spec import Dim, Spec
@@ -59,7 +59,7 @@ class Plan:
 
 
 class Use:
-    """A kernel in use for the calls that a selector means. `hits` counts them; `remove()` ends it."""
+    """A kernel in use for the calls that a selector means; `hits` counts them. In a `with`, no hit is an error."""
 
     def __init__(self, op: Op, kernel: Kernel, where: Selector):
         self.op, self.kernel, self.where, self.hits = op, kernel, where, 0
@@ -78,8 +78,10 @@ class Use:
     def __enter__(self) -> Use:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.remove()
+        if kind is None and not self.hits:  # it would pass for a kernel that changes nothing
+            raise SelectorError(f"{self!r}: no call of {self.op.name} in this `with` was meant")
 
     def __repr__(self) -> str:
         return f"<{self.op.name} by {self.kernel} where {self.where}, {self.hits} hits>"

@@ -70,35 +70,35 @@ def _download(repo: str, revision: str | None) -> Path:
                 repo, revision=revision, allow_patterns=_ALLOW, ignore_patterns=_IGNORE, library_name="limpid"
             )
         )
-    except errors.HFValidationError as error:
+    except errors.HFValidationError:
         raise ModelNotFound(
             f"{repo!r} is no file or directory here, and not a repository id such as 'owner/name'"
-        ) from error
-    except errors.GatedRepoError as error:
+        ) from None
+    except errors.GatedRepoError:
         raise ModelNotFound(
             f"{repo!r} is gated: accept its terms on its page, then log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
+        ) from None
+    except errors.RepositoryNotFoundError:
         raise ModelNotFound(
             f"no file or directory {repo!r} here, and no such repository on the Hub "
             f"(if it is private, log in with `hf auth login`){meant}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelNotFound(f"{repo!r} has no revision {revision!r}: give a branch, tag or commit of it") from error
-    except errors.IncompleteSnapshotError as error:
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelNotFound(f"{repo!r} has no revision {revision!r}: give a branch, tag or commit of it") from None
+    except errors.IncompleteSnapshotError:
         raise ModelNotFound(
             f"only part of {at} is in the cache, and the Hub cannot be reached: go online once"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
+        ) from None
+    except errors.LocalEntryNotFoundError:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             raise ModelNotFound(
                 f"{at} is not in the cache, and HF_HUB_OFFLINE is set: unset it to download{meant}"
-            ) from error
+            ) from None
         raise ModelNotFound(
             f"{at} is not in the cache, and the Hub cannot be reached: check the network{meant}"
-        ) from error
+        ) from None
     except (errors.XetDownloadError, errors.RevisionResolutionError, httpx2.HTTPError, OSError) as error:
-        raise ModelNotFound(f"{at} could not be downloaded ({_first_line(error)}): run again to resume") from error
+        raise ModelNotFound(f"{at} could not be downloaded ({_first_line(error)}): run again to resume") from None
     if not any(found.glob("*.safetensors")):
         raise ModelNotFound(
             f"{at} has no safetensors weights at its top level: pickles are never loaded; choose another"

@@ -137,8 +137,9 @@ def test_a_kernel_that_calls_its_own_op_ends(x):
 def test_uses_from_many_threads(x):
     def work():
         for _ in range(200):
-            with toy_double.use(lambda x: 2 * x, where="nowhere"):
-                toy_double(x)
+            use = toy_double.use(lambda x: 2 * x, where="nowhere")
+            toy_double(x)
+            use.remove()
         always.append(toy_double.use(lambda x: 2 * x, where="nowhere"))
 
     always: list = []
@@ -157,6 +158,17 @@ def test_uses_from_many_threads(x):
         for each in threads:
             each.join()
     assert use.hits == 2000
+
+
+def test_no_hit_in_a_with_is_an_error(x):
+    with (
+        pytest.raises(ops.SelectorError, match=r"where 'layres.0', 0 hits>: no call of toy_double"),
+        toy_double.use(lambda x: 2 * x, where="layres.0"),
+    ):
+        toy_double(x)
+    with pytest.raises(ZeroDivisionError), toy_double.use(lambda x: 2 * x, where="layres.0"):
+        raise ZeroDivisionError  # what went wrong inside is what is told
+    assert not toy_double._uses
 
 
 def test_steps(x):
