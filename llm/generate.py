@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import ops
 from ops import Tensor
@@ -19,6 +20,9 @@ from .tokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from .model import Model
+
+_MANY = 17  # tokens from which on a prompt runs on the same kernels, however long it is
+_prepared: WeakKeyDictionary[Model, set[tuple[int, str | None]]] = WeakKeyDictionary()
 
 
 class Piece(str):
@@ -196,8 +200,12 @@ class Chat:
 def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool = True) -> int:
     """Build the kernels for a prompt of `tokens` tokens and for decoding; gives how many had to be compiled.
 
-    `dtype` is that of the cache.
+    `dtype` is that of the cache. Looked into once for a model, a range of lengths and a dtype.
     """
+    tokens = min(tokens, _MANY)
+    ready = _prepared.setdefault(model, set())
+    if (tokens, dtype) in ready:
+        return 0
 
     def run() -> None:
         cache = Cache(model.context, dtype)
@@ -205,7 +213,9 @@ def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool 
         if len(cache) < cache.limit:
             model([0], cache, logits_to_keep=1)
 
-    return ops.prepare(run, progress)
+    compiled = ops.prepare(run, progress)
+    ready.add((tokens, dtype))
+    return compiled
 
 
 def _watched() -> bool:

@@ -10,7 +10,6 @@ from . import tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
 from .schedule import gemm
-from .schedule.vector import i64
 from .spec import FLOATS
 from .tensor import Tensor
 
@@ -45,14 +44,9 @@ def _(x, weight, bias=None):
 
 @linear.kernel
 def _(x, weight, bias, out):
-    rows, k = map(i64, weight.shape)
-    n = tirx.Var("n", "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
-        T.func_name("linear")
-        X = T.arg("x", T.buffer((n, x.shape[1]), x.dtype, align=x.itemsize))
-        W = T.arg("weight", T.buffer((rows, k), weight.dtype, align=weight.itemsize))
-        B = bias and T.arg("bias", T.buffer((rows,), bias.dtype, align=bias.itemsize))
-        Y = T.arg("out", T.buffer((n, out.shape[1]), out.dtype, align=out.itemsize))
+        X, W, B, Y = gemm.arguments(x, weight, bias, out)
+        n, (rows, k) = X.shape[0], W.shape
 
         def dot(total: tirx.Expr, at: tuple) -> tirx.Expr:
             token, row, r = at
