@@ -193,9 +193,9 @@ def _print(stream: Any, prompt: str = "") -> str:
     try:
         for piece in stream:
             said += piece
-            sys.stdout.write(waiting + piece)
+            text, waiting = waiting + piece, ""  # first, so that an interrupted write does not say it again
+            sys.stdout.write(text)
             sys.stdout.flush()
-            waiting = ""
     except KeyboardInterrupt:
         stream.finish_reason = "interrupted"
     sys.stdout.write(waiting + "\n")
