@@ -20,7 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: [n, k]; weight: [out, k]; bias: [out] or None. Each is float32, float16 or bfloat16, whatever the others are.
     Returns [n, out] in x's dtype. Row i of the result depends on row i of x only, to the bit: a prompt taken in pieces
-    gives what it gives in one. HF and torch: nn.Linear.
+    gives what it gives in one. Where x and weight are bfloat16 and the CPU multiplies pairs of them (AVX512-BF16),
+    operands and sums below float32's smallest normal number, 1.2e-38, count as zero. HF and torch: nn.Linear.
     """
     for name, each, ndim in (("x", x, 2), ("weight", weight, 2), ("bias", bias, 1)):
         if each is not None and each.dtype not in FLOATS:

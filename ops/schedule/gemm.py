@@ -1,8 +1,8 @@
 """y = x @ weight.T on the CPU, with the weight row-major as checkpoints hold it: tiles of dot products.
 
 A tile is a few tokens by a few weight rows. Each pair of them has a vector of partial sums in a register, its lanes
-along k. After every BLOCK of k the lanes are summed, and the sum is added to the pair's total. All kernels add in this
-order, so that a token's result is the same to the bit however many tokens come with it.
+along k. After every block of k the lanes are summed, and the sum is added to the pair's total. All kernels multiply by
+the same instruction and add in this order, so that a token's result is the same to the bit however many come with it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from . import vector
 from .cpu import PARALLEL_WORK
 from .vector import Register, i64
 
-BLOCK = 1024  # of k
+BLOCK_BYTES = 2048  # of a packed row: a tile's weight rows stay in the first-level cache while tokens pass by
 FEW = 16  # tokens, up to which reading the weight takes longer than multiplying it
 TOKEN_CACHE = 16 * 2**10  # bytes of a token that stay in the first-level cache; past it more rows share a load
-TOKEN_BYTES = 384 * 2**10  # of packed activations, which stay in a core's second-level cache
-CHUNK_ROWS = 256  # weight rows that a thread takes at a time when tokens are many
+TOKEN_BYTES = 512 * 2**10  # of packed tokens at the most; they take half of a core's second-level cache
+CHUNK_ROWS = 1024  # weight rows that a thread takes at a time when tokens are many; for each chunk they are packed anew
+LINE = 16  # float32 sums in a cache line
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,25 @@ class Product:
         return target.lanes()
 
     @property
+    def arithmetic(self) -> vector.Arithmetic:
+        """How elements are multiplied: the same way in all kernels for these dtypes."""
+        stored = {str(self.x.dtype), str(self.weight.dtype)}
+        return vector.Arithmetic(self.lanes, pairs=stored == {"bfloat16"} and target.machine().bf16)
+
+    @property
+    def width(self) -> int:
+        """How many elements of a row a vector holds."""
+        return self.arithmetic.width
+
+    @property
     def vectors(self) -> int:
         """How many vectors hold a row; the last one may be filled in part."""
-        return _ceil(self.k, self.lanes)
+        return _ceil(self.k, self.width)
 
     @property
     def block(self) -> int:
         """How many vectors a block of k has; the last block may have fewer."""
-        return min(BLOCK // self.lanes, self.vectors)
+        return min(BLOCK_BYTES // (4 * self.lanes), self.vectors)
 
     @property
     def blocks(self) -> int:
@@ -106,12 +118,13 @@ def emit(product: Product) -> None:
     """The loops of `product`, for the body of a prim_func that IRBuilder makes."""
     # The tiles that measured best. Their sums, the tokens' vectors and a weight's vector just fit in the registers.
     many = target.registers() == 32
-    if product.high == 1:
-        _stream(product, 1, 4 if 4 * product.k <= TOKEN_CACHE else 6)
-    elif product.high is not None and product.high <= FEW:
-        _stream(product, 4 if many else 2, 6)
-    else:
-        _blocked(product, 4 if many else 3, 4)
+    with product.arithmetic.declared():
+        if product.high == 1:
+            _stream(product, 1, 4 if 4 * product.lanes * product.vectors <= TOKEN_CACHE else 6)
+        elif product.high is not None and product.high <= FEW:
+            _stream(product, 4 if many else 2, 6)
+        else:
+            _blocked(product, *((2, 8) if many else (3, 4)))
 
 
 def _stream(p: Product, mt: int, nt: int) -> None:
@@ -121,47 +134,43 @@ def _stream(p: Product, mt: int, nt: int) -> None:
         tiles = T.bind(_ceil(p.n, mt))
         tokens = _Panel(p, p.x, p.n, _ceil(p.high, mt), mt, p.vectors)
         tokens.fill(i64(0), tiles, i64(0), i64(p.vectors))
-        totals = T.alloc_buffer((mt, nt), "float32", scope="global")
+        totals = _Totals(p, _ceil(p.high, mt) * mt, nt)
         with T.serial(i64(0), i64(length)) as i:
             rows = [T.bind(tirx.min((thread * nt + s) * length + i, i64(p.rows - 1))) for s in range(nt)]
-            with T.serial(i64(0), tiles) as tile:
-                with T.grid(i64(mt), i64(nt)) as pair:
-                    T.buffer_store(totals, tirx.const(0.0, "float32"), list(pair))
-                with T.serial(i64(0), i64(p.blocks)) as block:
-                    for pair, value in _sums_in_memory(p, tokens, tile, rows, block).items():
-                        T.buffer_store(totals, totals[pair] + value, pair)
-                with T.grid(tirx.min(p.n - tile * mt, i64(mt)), i64(nt)) as (m, s):
-                    row = T.bind((thread * nt + s) * length + i)
-                    with T.If(row < p.rows), T.Then():
-                        _store(p, tile * mt + m, row, totals[m, s])
+            with T.serial(i64(0), i64(p.blocks)) as block, T.serial(i64(0), tiles) as tile:
+                totals.add(tile * mt, i64(0), _sums_in_memory(p, tokens, tile, rows, block), block == 0)
+            with T.grid(p.n, i64(nt)) as (m, s):
+                row = T.bind((thread * nt + s) * length + i)
+                with T.If(row < p.rows), T.Then():
+                    _store(p, m, row, totals.buffer[m, s])
 
 
-def _sums_in_memory(p: Product, tokens: _Panel, tile: Any, rows: list, block: Any) -> dict[tuple, tirx.Expr]:
+def _sums_in_memory(p: Product, tokens: _Panel, tile: Any, rows: list, block: Any) -> list[list[Register]]:
     """The sums of a tile over a block of k, with the weight rows read where they are."""
     sums = _registers(p, tokens.height, len(rows))
 
-    def step(v: Any, count: int = p.lanes) -> None:
-        weights = (T.bind(vector.load(p.weight, [row, v * p.lanes], p.lanes, count)) for row in rows)
+    def step(v: Any, count: int = p.width) -> None:
+        weights = (T.bind(p.arithmetic.load(p.weight, [row, v * p.width], count)) for row in rows)
         _multiply(p, sums, [tokens.load(tile, v, m) for m in range(tokens.height)], weights)
 
     first = T.bind(block * p.block)
-    whole = p.k // p.lanes
+    whole = p.k // p.width
     with T.serial(i64(0), tirx.min(i64(whole) - first, i64(p.block))) as v:
         step(first + v)
     if whole < p.vectors:
         with T.If(block == p.blocks - 1), T.Then():
-            step(i64(whole), p.k % p.lanes)
-    return {pair: vector.lane_sum(each.value, p.lanes) for pair, each in sums.items()}
+            step(i64(whole), p.k % p.width)
+    return sums
 
 
 def _blocked(p: Product, mt: int, nt: int) -> None:
     """Many tokens: blocks of both operands are packed, converted once, and multiplied out of the caches."""
-    tiles = max(1, TOKEN_BYTES // (4 * p.lanes * p.block * mt))
+    tiles = max(1, min(TOKEN_BYTES, target.machine().l2 // 2) // (4 * p.lanes * p.block * mt))
     chunk_rows = nt * _ceil(_ceil(p.rows, p.threads * _ceil(p.rows, p.threads * CHUNK_ROWS)), nt)
     with _loop(_ceil(p.rows, chunk_rows), p.threads > 1) as chunk:
         tokens = _Panel(p, p.x, p.n, tiles, mt, p.block)
         weights = _Panel(p, p.weight, i64(p.rows), 1, nt, p.block)
-        totals = T.alloc_buffer((tiles * mt, chunk_rows), "float32", scope="global")
+        totals = _Totals(p, tiles * mt, chunk_rows)
         row = T.bind(chunk * chunk_rows)
         rows = T.bind(tirx.min(i64(p.rows) - row, i64(chunk_rows)))
         with T.serial(i64(0), _ceil(p.n, tiles * mt)) as group:
@@ -174,25 +183,24 @@ def _blocked(p: Product, mt: int, nt: int) -> None:
                 with T.serial(i64(0), _ceil(rows, nt)) as j:
                     weights.fill(row + j * nt, i64(1), first, width)
                     with T.serial(i64(0), _ceil(count, mt)) as tile:
-                        for (m, s), value in _sums_packed(p, tokens, tile, weights, width).items():
-                            at = [tile * mt + m, j * nt + s]
-                            before = tirx.Select(block == 0, tirx.const(0.0, "float32"), totals[at])
-                            T.buffer_store(totals, before + value, at)
+                        with T.If(tile < width), T.Then():
+                            weights.prefetch(row + (j + 1) * nt, first + tile)
+                        totals.add(tile * mt, j * nt, _sums_packed(p, tokens, tile, weights, width), block == 0)
             with T.grid(count, rows) as (m, s):
-                _store(p, token + m, row + s, totals[m, s])
+                _store(p, token + m, row + s, totals.buffer[m, s])
 
 
-def _sums_packed(p: Product, tokens: _Panel, tile: Any, weights: _Panel, width: Any) -> dict[tuple, tirx.Expr]:
+def _sums_packed(p: Product, tokens: _Panel, tile: Any, weights: _Panel, width: Any) -> list[list[Register]]:
     """The sums of a tile over a block of k, with both operands packed."""
     sums = _registers(p, tokens.height, weights.height)
     with T.serial(i64(0), width) as v:
         rows = (weights.load(i64(0), v, s) for s in range(weights.height))
         _multiply(p, sums, [tokens.load(tile, v, m) for m in range(tokens.height)], rows)
-    return {pair: vector.lane_sum(each.value, p.lanes) for pair, each in sums.items()}
+    return sums
 
 
 class _Panel:
-    """Scratch for rows of a matrix as float32 vectors: tiles of `height` rows, each in the order a tile reads it."""
+    """Scratch for rows of a matrix, as vectors to multiply: tiles of `height` rows, each in the order it is read."""
 
     def __init__(self, p: Product, source: Any, rows: Any, tiles: int, height: int, width: int):
         self.p, self.source, self.rows, self.height, self.width = p, source, rows, height, width
@@ -210,35 +218,57 @@ class _Panel:
 
         Past the last row it is repeated; a vector that is there in part is filled up with zeros.
         """
-        p, whole = self.p, self.p.k // self.p.lanes
+        p, whole = self.p, self.p.k // self.p.width
         with T.serial(i64(0), tiles) as tile:
             rows = [T.bind(tirx.min(row + tile * self.height + r, self.rows - 1)) for r in range(self.height)]
 
-            def copy(v: Any, count: int = p.lanes) -> None:
+            def copy(v: Any, count: int = p.width) -> None:
                 for r in range(self.height):
-                    value = vector.load(self.source, [rows[r], (first + v) * p.lanes], p.lanes, count)
+                    value = p.arithmetic.load(self.source, [rows[r], (first + v) * p.width], count)
                     vector.store(self.buffer, [self._at(tile, v, r), i64(0)], value, p.lanes)
 
             with T.serial(i64(0), tirx.min(i64(whole) - first, width)) as v:
                 copy(v)
             if whole < p.vectors:
                 with T.If(first + width == p.vectors), T.Then():
-                    copy(width - 1, p.k % p.lanes)
+                    copy(width - 1, p.k % p.width)
+
+    def prefetch(self, row: Any, v: Any) -> None:
+        """Ask for vector `v` of the rows of a tile that is packed later; rows past the last do no harm."""
+        for r in range(self.height):
+            vector.prefetch(self.source, [row + r, v * self.p.width])
 
 
-def _pairs(mt: int, nt: int) -> list[tuple[int, int]]:
-    return [(m, s) for m in range(mt) for s in range(nt)]
+class _Totals:
+    """Scratch for the sums of tokens by weight rows, which a kernel goes through a tile at a time."""
+
+    def __init__(self, p: Product, tokens: int, rows: int):
+        # Tokens lie an odd number of cache lines apart: a tile's would otherwise all meet in one place of the cache.
+        self.p, stride = p, rows if rows <= LINE else LINE * (_ceil(rows, LINE) | 1)
+        self.buffer = T.alloc_buffer((tokens, stride), "float32", scope="global")
+
+    def add(self, token: Any, row: Any, sums: list[list[Register]], first: Any) -> None:
+        """Add a tile's sums, once their lanes are summed, to those from `token` and `row` on; or begin with them."""
+        for m, each in enumerate(sums):
+            s = 0
+            while s < len(each):
+                count = min(self.p.lanes, 1 << (len(each) - s).bit_length() - 1)
+                value = vector.lane_sums([register.value for register in each[s : s + count]], self.p.lanes)
+                at = [token + m, row + s]
+                before = tirx.Select(first, vector.zeros(count), vector.load(self.buffer, at, count))
+                vector.store(self.buffer, at, before + value, count)
+                s += count
 
 
-def _registers(p: Product, mt: int, nt: int) -> dict[tuple, Register]:
-    return {pair: Register(p.lanes) for pair in _pairs(mt, nt)}
+def _registers(p: Product, mt: int, nt: int) -> list[list[Register]]:
+    return [[Register(p.lanes) for _ in range(nt)] for _ in range(mt)]
 
 
-def _multiply(p: Product, sums: dict[tuple, Register], tokens: list, weights: Any) -> None:
+def _multiply(p: Product, sums: list[list[Register]], tokens: list, weights: Any) -> None:
     """One step along k: each weight vector is used with all tokens before the next one is loaded."""
     for s, weight in enumerate(weights):
         for m, token in enumerate(tokens):
-            sums[m, s].value = vector.fma(token, weight, sums[m, s].value, p.lanes)
+            sums[m][s].value = p.arithmetic.add(token, weight, sums[m][s].value)
 
 
 def _store(p: Product, token: Any, row: Any, value: Any) -> None:

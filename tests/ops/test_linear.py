@@ -1,9 +1,12 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
+from ops import target
 from ops.spec import DTYPES
 from tests.ops.harness import DTYPE_NAMES, check, random
 
@@ -41,7 +44,61 @@ def test_any_number_of_tokens(n, sizes, seed):
     check(ops.linear, *operands(np.random.default_rng(seed), n, *sizes, bias_dtype="float32"))
 
 
-@pytest.mark.parametrize("x_dtype, weight_dtype", [("float32", "bfloat16"), ("float16", "float16")])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("k, out", [(2048, 19), (1061, 70)])
+def test_numbers_of_tokens_around_every_edge(rng, dtype, k, out):
+    x, weight, bias = operands(rng, 513, k, out, dtype, dtype, "float32")
+    for n in (*rng.choice(np.arange(1, 18), 4, replace=False), *range(63, 66), *range(511, 514)):
+        check(ops.linear, x[:n].copy(), weight, bias)
+
+
+@pytest.mark.parametrize("k", [1, 2, 31, 33, 63, 65, 1023, 1025, 1087])
+def test_pairs_of_bfloat16_that_k_does_not_fill(rng, k):
+    for n in (1, 3, 18):
+        check(ops.linear, *operands(rng, n, k, 9, "bfloat16"))
+
+
+NEEDED = {"portable": "sse2", "avx2": "avx2", "avx512": "avx512vl"}
+
+
+def runnable(name: str) -> target.Machine:
+    """A machine whose code this one can run; "no pairs" is this one without its dot product of bfloat16."""
+    if name == "no pairs":
+        return dataclasses.replace(target.machine(), name=name, bf16=False)
+    if NEEDED[name] not in target.features():
+        pytest.skip(f"this machine has no {NEEDED[name]}")
+    return target.MACHINES[name]
+
+
+@pytest.mark.parametrize("name", ["no pairs", *NEEDED])
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_other_machines(rng, name, dtype):
+    with target.building_for(runnable(name)) as machine:
+        whole = None
+        x, weight, bias = operands(rng, 70, 1061, 37, dtype, dtype, "float32")
+        for n in (70, 1, 5):
+            arrays = x[:n].copy(), weight, bias
+            template = ops.linear._request(tuple(ops.tensor(each) for each in arrays), {}).scheduled()
+            assert ("bfloat16_pairs" in str(template)) == (dtype == "bfloat16" and machine.bf16)
+            with ops.linear.use(template) as use:
+                result = check(ops.linear, *arrays).numpy()
+            assert use.hits == 1
+            whole = result if whole is None else whole
+            assert np.array_equal(result, whole[:n])
+
+
+def test_it_compiles_for_neon():
+    with target.building_for("neon"):
+        for n in (1, 5, 70):
+            assert "fmla" in ops.linear.source("asm", ops.Spec((n, 69), "float16"), ops.Spec((9, 69), "bfloat16"))
+
+
+def test_this_machines_bfloat16(rng):
+    tensors = tuple(ops.tensor(each) for each in operands(rng, 20, 64, 32, "bfloat16"))
+    assert ("vdpbf16ps" in ops.linear.source("asm", *tensors)) == target.machine().bf16
+
+
+@pytest.mark.parametrize("x_dtype, weight_dtype", [("float32", "bfloat16"), ("float16", "float16"), ("bfloat16",) * 2])
 @pytest.mark.parametrize("k, out", [(2048, 96), (2500, 37), (13, 5)])
 def test_a_tokens_result_does_not_depend_on_the_others(rng, x_dtype, weight_dtype, k, out):
     x, weight = operands(rng, 150, k, out, x_dtype, weight_dtype)
@@ -88,10 +145,13 @@ def test_the_block_definition(rng, dtype, biased):
         assert use.hits == 1
 
 
-def test_infinities_and_nan_stay_in_their_row(rng):
-    x, weight = operands(rng, 20, 70, 9)
-    x[3, 5], x[11, 69] = np.inf, np.nan
-    result = ops.linear(ops.tensor(x), ops.tensor(weight)).numpy()
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_infinities_and_nan_stay_in_their_row(rng, dtype):
+    x, weight = operands(rng, 20, 69, 9, dtype)
+    weight[weight == 0] = 1
+    x[3, 5], x[11, 68] = np.inf, np.nan
+    result = ops.linear(ops.tensor(x), ops.tensor(weight)).numpy().astype("float32")
+    assert np.array_equal(np.sign(result[3]), np.sign(weight[:, 5].astype("float32"))) and np.isinf(result[3]).all()
     assert sorted(set(np.where(~np.isfinite(result))[0])) == [3, 11]
     assert np.isnan(result[11]).all()
 
