@@ -1,44 +1,150 @@
-"""Which machine kernels are built for: the CPU's instruction set, its vector width and its threads."""
+"""Which machine kernels are built for: its instruction set, as the schedules see it, its caches and its threads.
+
+A schedule asks for the width of a vector, the number of registers and the dot-product instruction, never for the name
+of a machine. `LIMPID_CPU` names one of `MACHINES` to build for something else than the processor at hand.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm.target import codegen
 
+from .errors import KernelError
 
-@functools.cache
-def host() -> tvm.target.Target:
-    """The target of this machine. Sums may be reordered so that LLVM vectorises them; nothing else is relaxed."""
-    return tvm.target.Target(
-        {
-            "kind": "llvm",
-            "mcpu": codegen.llvm_get_system_cpu(),
-            "fast-math-contract": 1,
-            "fast-math-reassoc": 1,
-        }
+# Sums may be reordered so that LLVM vectorises them; nothing else of floating-point arithmetic is relaxed.
+_COMMON = {"kind": "llvm", "fast-math-contract": 1, "fast-math-reassoc": 1}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """An instruction set. `lanes` float32 values fit in a vector register, of which there are `registers`.
+
+    `dot` is how bytes are multiplied and added up: "vnni" (vpdpbusd), "maddubs" (vpmaddubsw), "sdot" and "usdot"
+    (NEON dotprod and i8mm), "smull" (NEON), or "portable", without an instruction of its own. `bf16` says whether
+    there is a dot product of bfloat16 pairs. Caches are in bytes: of a core, `l3` of all of them.
+    """
+
+    name: str
+    llvm: dict[str, Any] = field(hash=False)
+    lanes: int
+    registers: int
+    dot: str
+    bf16: bool = False
+    l1: int = 32 * 2**10
+    l2: int = 1024 * 2**10
+    l3: int = 32 * 2**20
+
+    @functools.cached_property
+    def target(self) -> tvm.target.Target:
+        """TVM's target."""
+        return tvm.target.Target(_COMMON | self.llvm)
+
+    @functools.cached_property
+    def features(self) -> frozenset[str]:
+        """The features by LLVM's names, such as avx2 and avx512f."""
+        return frozenset(str(each) for each in codegen.llvm_get_cpu_features(self.target))
+
+
+def _x86(mcpu: str, *more: str) -> dict[str, Any]:
+    return {"mtriple": "x86_64-linux-gnu", "mcpu": mcpu} | ({"mattr": list(more)} if more else {})
+
+
+def _arm(*more: str) -> dict[str, Any]:
+    return {"mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon", *more]}
+
+
+MACHINES: dict[str, Machine] = {
+    each.name: each
+    for each in (
+        Machine("portable", _x86("x86-64"), 4, 16, "portable"),
+        Machine("avx2", _x86("x86-64-v3"), 8, 16, "maddubs"),
+        Machine("avx-vnni", _x86("x86-64-v3", "+avxvnni"), 8, 16, "vnni"),
+        Machine("avx512", _x86("x86-64-v4"), 16, 32, "maddubs"),
+        Machine("avx512-vnni", _x86("x86-64-v4", "+avx512vnni"), 16, 32, "vnni"),
+        Machine("neon", _arm(), 4, 32, "smull"),
+        Machine("neon-dotprod", _arm("+dotprod"), 4, 32, "sdot"),
+        Machine("neon-i8mm", _arm("+dotprod", "+i8mm"), 4, 32, "usdot"),
     )
+}
+_chosen: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("machine", default=None)
+
+
+def machine() -> Machine:
+    """The machine that kernels are built for now."""
+    return _chosen.get() or _default()
+
+
+@contextlib.contextmanager
+def building_for(chosen: Machine | str) -> Iterator[Machine]:
+    """In the `with`, weights are packed and kernels are built for another machine than this one."""
+    found = MACHINES[chosen] if isinstance(chosen, str) else chosen
+    token = _chosen.set(found)
+    try:
+        yield found
+    finally:
+        _chosen.reset(token)
 
 
 @functools.cache
+def _default() -> Machine:
+    named = os.environ.get("LIMPID_CPU", "")
+    if named in ("", "native"):
+        return _native()
+    if named not in MACHINES:
+        raise KernelError(f"LIMPID_CPU is {named!r}, expected native, {', '.join(MACHINES)}")
+    return MACHINES[named]
+
+
+def _native() -> Machine:
+    """The processor at hand."""
+    llvm = {"mcpu": codegen.llvm_get_system_cpu()}
+    have = Machine("native", llvm, 4, 16, "portable").features
+    dots = {"avx512vnni": "vnni", "avxvnni": "vnni", "avx2": "maddubs", "i8mm": "usdot", "dotprod": "sdot"}
+    dot = next((name for feature, name in dots.items() if feature in have), "smull" if "neon" in have else "portable")
+    lanes = 16 if "avx512bw" in have else 8 if "avx2" in have else 4
+    caches = {f"l{level}": size for level, size in _caches().items()}
+    registers = 32 if lanes == 16 or "neon" in have else 16
+    return Machine("native", llvm, lanes, registers, dot, "avx512bf16" in have, **caches)
+
+
+def _caches() -> dict[int, int]:
+    """Bytes of the first core's data caches by level, as far as Linux tells."""
+    found = {}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with contextlib.suppress(OSError, ValueError):  # elsewhere the defaults of Machine hold
+            if (folder / "type").read_text().strip() != "Instruction":
+                size = (folder / "size").read_text().strip().removesuffix("K")
+                found[int((folder / "level").read_text())] = int(size) * 1024
+    return {level: size for level, size in found.items() if level in (1, 2, 3)}
+
+
+def host() -> tvm.target.Target:
+    """TVM's target for the current machine."""
+    return machine().target
+
+
 def features() -> frozenset[str]:
-    """The CPU's features by LLVM's names, such as avx2 and avx512f."""
-    return frozenset(str(each) for each in codegen.llvm_get_cpu_features(host()))
+    """The current machine's features by LLVM's names, such as avx2 and avx512f."""
+    return machine().features
 
 
-@functools.cache
 def lanes() -> int:
     """How many float32 values a vector register holds."""
-    have = features()
-    return 16 if "avx512f" in have else 8 if "avx" in have else 4
+    return machine().lanes
 
 
-@functools.cache
 def registers() -> int:
     """How many vector registers there are."""
-    return 32 if "avx512f" in features() or "neon" in features() else 16
+    return machine().registers
 
 
 def threads() -> int:
@@ -47,5 +153,6 @@ def threads() -> int:
 
 
 def describe() -> str:
-    """The target as one line, part of every cache key."""
-    return f"{host()} threads={threads()}"
+    """The machine as one line, part of every cache key."""
+    m = machine()
+    return f"{host()} dot={m.dot} bf16={m.bf16} caches={m.l1},{m.l2},{m.l3} threads={threads()}"

@@ -101,15 +101,16 @@ def repeat(count: Any, body: Callable[[Any], None]) -> None:
 
 
 class Register:
-    """A float32 or a vector of them that a loop changes; LLVM keeps it in a register.
+    """A value or a vector of them that a loop changes; LLVM keeps it in a register.
 
     Also for a value that is used twice: TVM puts a bound one back in all its uses, and repeats the work.
     The buffer is one of scalars: TVM 0.27 lets buffers share memory, and fails where one of vectors meets another kind.
     """
 
     def __init__(self, value: Any):
-        lanes = int(str(value.ty.dtype).removeprefix("float32").removeprefix("x") or 1)
-        self._buffer = T.alloc_buffer((lanes,), "float32", scope="global")
+        kind, _, width = str(value.ty.dtype).partition("x")
+        lanes = int(width or 1)
+        self._buffer = T.alloc_buffer((lanes,), kind, scope="global")
         self._index = [T.ramp(i32(0), 1, lanes) if lanes > 1 else i32(0)]
         self.value = value
 
