@@ -10,13 +10,15 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ops
-from ops import build, ceilings
+from ops import build, ceilings, quantize
+from ops.quantize import FORMATS
+from ops.spec import DTYPES, FLOATS
 
 from .errors import UserError
 from .generate import prepare
@@ -40,9 +42,9 @@ _COLD = 512 * 2**20  # bytes of weights to rotate through: a last-level cache ke
 _PREFILL = 512
 
 
-def run(what: str, shape: str, dtype: str, as_json: bool) -> None:
+def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool) -> None:
     """Measure `what` and print it: JSON, or a table. Raises UserError for a name that is not known."""
-    benches: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    benches: dict[str, Callable[[Case], dict[str, Any]]] = {
         "dispatch": dispatch,
         "ops": per_op,
         "gemv": gemv,
@@ -53,16 +55,32 @@ def run(what: str, shape: str, dtype: str, as_json: bool) -> None:
         raise UserError(f"bench {what}: expected {', '.join(benches)}")
     if shape != "tiny" and shape not in SHAPES:
         raise UserError(f"shape {shape!r} is not known; choose tiny, {', '.join(SHAPES)}")
-    if dtype not in ops.spec.FLOATS:
-        raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(ops.spec.FLOATS)}")
-    result = {"bench": what, "shape": shape, "dtype": dtype, "threads": ops.target.threads()} | benches[what](
-        shape, dtype
-    )
+    if dtype not in FLOATS:
+        raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
+    if weights not in (None, *FLOATS, *FORMATS):
+        raise UserError(f"weights {weights!r} are not supported; choose one of {', '.join((*FORMATS, *FLOATS))}")
+    case = Case(shape, dtype, weights or dtype)
+    result = {"bench": what} | case._asdict() | {"threads": ops.target.threads()} | benches[what](case)
     if as_json:
         json.dump(result, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         _table(result)
+
+
+class Case(NamedTuple):
+    """What is measured: a model's shape by name, the dtype of activations, and how matrices are held."""
+
+    shape: str
+    dtype: str
+    weights: str
+
+    def model(self, filled: bool = True) -> Any:
+        """The model: random weights, or specs where it need not be `filled`; the embedded one is what it is."""
+        if self.shape == "tiny":
+            return load("tiny", dtype=self.dtype, weights=self.weights)
+        model = build_model(SHAPES[self.shape], self.dtype, self.weights)
+        return randomize(model) if filled else model
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], seconds: float = 2.0, batch: int = 1) -> dict[str, float]:
@@ -80,10 +98,10 @@ def interleaved(sides: dict[str, Callable[[], Any]], seconds: float = 2.0, batch
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def dispatch(shape: str, dtype: str) -> dict[str, Any]:
+def dispatch(case: Case) -> dict[str, Any]:
     """What one op call costs above a bare call of the same compiled function; allocation of the output included."""
-    width = _model(shape, dtype, weights=False).config.hidden_size
-    x, weight = _normal((1, width), dtype), _normal((width,), dtype)
+    width = case.model(filled=False).config.hidden_size
+    x, weight = _normal((1, width), case.dtype), _normal((width,), case.dtype)
     out = ops.rms_norm(x, weight, eps=1e-5)
     function = build.function(ops.rms_norm.plan((x, weight), {"eps": 1e-5, "plus_one": False}).request())
     data = (x.buffer.data, weight.buffer.data, out.buffer.data)
@@ -93,30 +111,50 @@ def dispatch(shape: str, dtype: str) -> dict[str, Any]:
     return {"op": f"rms_norm {x.spec}", "bare_us": bare, "call_us": call, "overhead_us": call - bare}
 
 
-def gemv(shape: str, dtype: str) -> dict[str, Any]:
-    """Decode's matrix-vector products with weights that come from memory, against the read bandwidth."""
-    bandwidth = ceilings.read_bandwidth()
+def gemv(case: Case) -> dict[str, Any]:
+    """Decode's matrix-vector products with weights that come from memory, beside a plain read of such weights."""
     rows = []
-    for outputs, inputs in _linear_shapes(shape):
-        count = max(2, -(-_COLD // (outputs * inputs * ops.Spec((1,), dtype).itemsize)))
-        weights = [_normal((outputs, inputs), dtype) for _ in range(count)]
-        x, turn = _normal((1, inputs), dtype), iter(_cycle(weights))
-        seconds = interleaved({"gemv": lambda x=x, turn=turn: ops.linear(x, next(turn))}, 1.0)["gemv"]
-        rate = weights[0].nbytes / seconds
+    for outputs, inputs in _linear_shapes(case):
+        spec = ops.Spec((outputs, inputs), case.weights)
+        data, weights = _copies(spec, max(4, -(-_COLD // spec.nbytes)))
+        x, read = _normal((1, inputs), case.dtype), ceilings.reader(spec.nbytes)
+        turn, other = _cycle(weights), _cycle(data[len(data) // 2 :] + data[: len(data) // 2])
+        sides = {
+            "gemv": lambda x=x, turn=turn: ops.linear(x, next(turn)),
+            "read": lambda read=read, other=other: read(next(other)),
+        }
+        seconds = interleaved(sides, 1.5)
         rows.append({
             "shape": [outputs, inputs],
-            "us": seconds * 1e6,
-            "gb_per_s": rate / 1e9,
-            "share_of_bandwidth": rate / bandwidth,
+            "bytes": spec.nbytes,
+            "us": seconds["gemv"] * 1e6,
+            "gb_per_s": spec.nbytes / seconds["gemv"] / 1e9,
+            "read_gb_per_s": spec.nbytes / seconds["read"] / 1e9,
+            "share_of_bandwidth": seconds["read"] / seconds["gemv"],
         })  # fmt: skip
-        del weights, turn
-        ops.memory.clear()
-    return {"bandwidth_gb_per_s": bandwidth / 1e9, "rows": rows}
+        del data, weights, turn, other, sides
+    return {"rows": rows}
 
 
-def decode(shape: str, dtype: str) -> dict[str, Any]:
+def _copies(spec: ops.Spec, count: int) -> tuple[list[np.ndarray], list[ops.Tensor]]:
+    """The bytes of `count` weights, apart in memory, and the weights."""
+    room = -(-spec.nbytes // 64) * 64
+    memory = ops.memory.huge(count * room)
+    data = [memory[i * room : i * room + spec.nbytes] for i in range(count)]
+    if spec.format is None:
+        first = _normal(spec.shape, spec.dtype).numpy().reshape(-1).view("uint8")
+    else:
+        first = quantize.pack(_normal(spec.shape, "float32").numpy(), spec.format)
+    for each in data:
+        each[...] = first
+    if spec.format is not None:
+        return data, [ops.tensor_from_packed(each, spec) for each in data]
+    return data, [ops.tensor(each.view(DTYPES[spec.dtype]).reshape(spec.shape)) for each in data]
+
+
+def decode(case: Case) -> dict[str, Any]:
     """Tokens a second, one at a time, after short and long contexts."""
-    model = _model(shape, dtype)
+    model = case.model()
     rows = []
     for context in (16, 1024):
         if context + 80 > model.context:
@@ -150,9 +188,9 @@ def _steps(model: Any, cache: Any, most: int, seconds: float) -> list[float]:
     return times
 
 
-def prefill(shape: str, dtype: str) -> dict[str, Any]:
+def prefill(case: Case) -> dict[str, Any]:
     """Tokens a second while a prompt is read, against the FMA peak."""
-    model = _model(shape, dtype)
+    model = case.model()
     tokens = min(_PREFILL, model.context)
     prepare(model, tokens)
     seconds = interleaved({"prefill": lambda: model([1] * tokens, model.new_cache(), logits_to_keep=1)}, 4.0)["prefill"]
@@ -168,13 +206,13 @@ def prefill(shape: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def per_op(shape: str, dtype: str) -> dict[str, Any]:
+def per_op(case: Case) -> dict[str, Any]:
     """Every op of a forward, alone, for one token and for a prompt: time, and how near the machine's ceilings."""
     bandwidth, peak = ceilings.read_bandwidth(), ceilings.fma_peak()
-    model = _model(shape, dtype, weights=False)
+    model = case.model(filled=False)
     rows = []
     for tokens in (1, _PREFILL):
-        cases = list(_cases(model.config, tokens, dtype))
+        cases = list(_cases(model.config, tokens, case))
         medians = interleaved({str(i): call for i, (_, call, _, _) in enumerate(cases)}, 0.4 * len(cases))
         for i, (name, _, nbytes, flops) in enumerate(cases):
             seconds = medians[str(i)]
@@ -191,8 +229,9 @@ def per_op(shape: str, dtype: str) -> dict[str, Any]:
     return ceiling | {"note": "operands stay in the caches where they fit", "rows": rows}
 
 
-def _cases(c: Any, tokens: int, dtype: str) -> Iterable[tuple[str, Callable[[], Any], int, int]]:
+def _cases(c: Any, tokens: int, case: Case) -> Iterable[tuple[str, Callable[[], Any], int, int]]:
     """Name, call, bytes that must move, flops."""
+    dtype = case.dtype
     heads, kv, dim, width, inner = (
         c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, c.intermediate_size,
     )  # fmt: skip
@@ -237,12 +276,12 @@ def _cases(c: Any, tokens: int, dtype: str) -> Iterable[tuple[str, Callable[[], 
         yield "argmax, vocabulary", lambda: ops.argmax(logits), logits.nbytes, logits.size
         yield "top_k 50, vocabulary", lambda: ops.top_k(logits, k=50), logits.nbytes, logits.size
     for outputs, inputs in ((width, width), (inner, width), (width, inner)):
-        matrix = _normal((outputs, inputs), dtype)
+        matrix = _copies(ops.Spec((outputs, inputs), case.weights), 1)[1][0]
         given = x if inputs == width else wide
         yield (
             f"linear {outputs}x{inputs}",
             lambda given=given, matrix=matrix: ops.linear(given, matrix),
-            matrix.nbytes + given.nbytes + tokens * outputs * matrix.spec.itemsize,
+            matrix.nbytes + given.nbytes + tokens * outputs * given.spec.itemsize,
             2 * tokens * outputs * inputs,
         )
 
@@ -263,8 +302,8 @@ def _plain_cases(x: Any, wide: Any, weight: Any) -> Iterable[tuple[str, Callable
     yield "concat", lambda: ops.concat(x, x), 4 * x.nbytes, 0
 
 
-def _linear_shapes(shape: str) -> list[tuple[int, int]]:
-    c = _model(shape, "float32", weights=False).config
+def _linear_shapes(case: Case) -> list[tuple[int, int]]:
+    c = case.model(filled=False).config
     attention = c.num_attention_heads * c.head_dim
     return [
         (attention, c.hidden_size),
@@ -272,13 +311,6 @@ def _linear_shapes(shape: str) -> list[tuple[int, int]]:
         (c.hidden_size, c.intermediate_size),
         (c.vocab_size, c.hidden_size),
     ]
-
-
-def _model(shape: str, dtype: str, weights: bool = True) -> Any:
-    if shape == "tiny":
-        return load("tiny", dtype=dtype)
-    model = build_model(SHAPES[shape], dtype)
-    return randomize(model) if weights else model
 
 
 def _normal(shape: tuple[int, ...], dtype: str) -> Any:
@@ -291,7 +323,7 @@ def _normal(shape: tuple[int, ...], dtype: str) -> Any:
     return result
 
 
-def _cycle(items: list[Any]) -> Iterable[Any]:
+def _cycle(items: list[Any]) -> Iterator[Any]:
     while True:
         yield from items
 

@@ -6,8 +6,9 @@ import numpy as np
 
 import ops
 from ops import Tensor
+from ops.spec import FLOATS
 
-from .errors import ContextOverflow
+from .errors import ContextOverflow, UserError
 
 _FIRST_CAPACITY = 64  # tokens
 
@@ -23,8 +24,9 @@ class Layer:
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Put keys and values [n, kv_heads, dim] at `positions` int32 [n]; gives both whole buffers."""
-        self.keys = _grown(self.keys, keys, self._cache)
-        self.values = _grown(self.values, values, self._cache)
+        if self.keys is None or self.values is None or self.keys.spec.shape[0] < self._cache.capacity:
+            self.keys = _grown(self.keys, keys, self._cache)
+            self.values = _grown(self.values, values, self._cache)
         ops.cache_write(self.keys, keys, positions)
         ops.cache_write(self.values, values, positions)
         return self.keys, self.values
@@ -43,14 +45,19 @@ def _grown(buffer: Tensor | None, rows: Tensor, cache: Cache) -> Tensor:
 class Cache:
     """`Cache(limit)` for at most `limit` tokens. `len(cache)` is how many it holds; `cache[i]` is layer i.
 
+    `dtype` of the keys and values: float32, float16 or bfloat16, whatever the activations are; None is as they come.
+    What is beyond float16's range, 65504, becomes infinite in a float16 cache: bfloat16 has the range of float32.
+
     A model call takes room with `extend`, writes through the layers, and makes it count with `commit`: a call that is
     interrupted in between leaves the cache as it was. One sequence; activations are flat over tokens, each with its
     position, so several sequences can share a call once the cache maps positions to sequences.
     """
 
     def __init__(self, limit: int, dtype: str | None = None):
+        if dtype not in (None, *FLOATS):
+            raise UserError(f"cache dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
         self.limit = limit
-        self.dtype = dtype  # of the buffers; None: as the keys come
+        self.dtype = dtype
         self.capacity = 0
         self._length = 0
         self._layers: list[Layer] = []
@@ -81,9 +88,9 @@ class Cache:
         length = self._length + tokens
         if length > self.capacity:
             self.capacity = min(max(length, 2 * self.capacity, _FIRST_CAPACITY), self.limit)
-        positions = ops.empty((tokens,), "int32")
-        positions.numpy()[...] = np.arange(self._length, length)
-        return positions
+        if tokens == 1:
+            return ops.integer(self._length)
+        return ops.tensor(np.arange(self._length, length, dtype="int32"))
 
     def commit(self, tokens: int) -> None:
         """The tokens of the last `extend` are in."""

@@ -35,6 +35,9 @@ MinP = Annotated[float, _option("--min-p", metavar="P", help="only above this sh
 Penalty = Annotated[float, _option("--repetition-penalty", metavar="R", help="above 1: less of what was there")]
 Seed = Annotated[int | None, _option("--seed", metavar="N", help="the same seed gives the same text")]
 DType = Annotated[str | None, _option("--dtype", metavar="TYPE", help="float32, float16, bfloat16; default: as stored")]
+Weights = Annotated[
+    str | None, _option("--weights", metavar="TYPE", help="matrices as q4, q8 or a float type; default: as stored")
+]
 Device = Annotated[str, _option("--device", metavar="NAME", help="where to run: cpu")]
 Revision = Annotated[str | None, _option("--revision", metavar="REV", help="branch, tag or commit on the Hub")]
 
@@ -43,7 +46,7 @@ Revision = Annotated[str | None, _option("--revision", metavar="REV", help="bran
 def settings() -> None:
     """Check what the environment says, so that a wrong value is one line and not a surprise later."""
     try:
-        store.limit()
+        store.kernels.limit(), store.weights.limit()
     except OpError as error:
         raise UserError(str(error)) from None
     if not (threads := os.environ.get("LIMPID_THREADS") or "1").isdecimal() or int(threads) < 1:
@@ -67,6 +70,7 @@ def generate(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     dtype: DType = None,
+    weights: Weights = None,
     device: Device = "cpu",
     revision: Revision = None,
 ) -> None:
@@ -75,7 +79,7 @@ def generate(
         raise UserError("the prompt is given twice, as an argument and by --prompt: give it once")
     text = prompt if prompt is not None else prompt_option
     text = _stdin() if text == "-" else text or ""
-    loaded = _load(model, dtype, device, revision)
+    loaded = _load(model, dtype, weights, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     stream = loaded.stream(text, max_tokens=max_tokens, **options)
     _print(stream, text)
@@ -94,13 +98,14 @@ def chat(
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
     dtype: DType = None,
+    weights: Weights = None,
     device: Device = "cpu",
     revision: Revision = None,
 ) -> None:
     """Talk with a chat model. Ctrl-C stops an answer, Ctrl-D or "exit" ends the conversation."""
     from .generate import Chat
 
-    loaded = _load(model, dtype, device, revision)
+    loaded = _load(model, dtype, weights, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     conversation = Chat(loaded)
@@ -126,12 +131,13 @@ def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="tiny, a folder, a llama2.c .bin, or a Hub name")
     ] = "tiny",
+    weights: Weights = None,
     revision: Revision = None,
 ) -> None:
     """Show a model's tree, what it needs, its tokenizer."""
     from .info import show
 
-    show(_load(model, None, "cpu", revision), model)
+    show(_load(model, None, weights, "cpu", revision), model)
 
 
 @app.command()
@@ -139,27 +145,29 @@ def bench(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="dispatch, ops, gemv, decode or prefill")] = "decode",
     shape: Annotated[str, _option("--shape", metavar="NAME", help="tiny, 135m, llama-1b or 3b")] = "tiny",
     dtype: Annotated[str, _option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16")] = "float32",
+    weights: Weights = None,
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there")] = False,
 ) -> None:
     """Measure this machine: medians over interleaved repetitions."""
     from .bench import run
 
-    run(what, shape, dtype, json)
+    run(what, shape, dtype, weights, json)
 
 
 @app.command()
 def cache(
     action: Annotated[str, typer.Argument(metavar="ACTION", help="show or clear")] = "show",
 ) -> None:
-    """Show or clear the compiled kernels that are kept on disk."""
-    from .info import kernels, show_kernels
+    """Show or clear the compiled kernels and packed weights that are kept on disk."""
+    from .info import counted, show_cache
 
     if action not in ("show", "clear"):
         raise UserError(f"cache {action}: expected show or clear")
-    if action == "show" or store.directory() is None:
-        show_kernels()
+    if action == "show" or store.kernels.directory() is None:
+        show_cache()
     else:
-        typer.echo(f"removed {kernels(store.clear())} from {store.directory()}")
+        for each in (store.kernels, store.weights):
+            typer.echo(f"removed {counted(each.clear(), each)} from {each.directory()}")
 
 
 def _stdin() -> str:
@@ -170,10 +178,10 @@ def _stdin() -> str:
         raise UserError(f"standard input is not {error.encoding} text: {error.reason} at byte {error.start}") from None
 
 
-def _load(model: str, dtype: str | None, device: str, revision: str | None) -> Any:
+def _load(model: str, dtype: str | None, weights: str | None, device: str, revision: str | None) -> Any:
     from .load import load
 
-    return load(model, dtype=dtype, device=device, revision=revision)
+    return load(model, dtype=dtype, weights=weights, device=device, revision=revision)
 
 
 def _sampling(temp: float, top_k: int, top_p: float, min_p: float, penalty: float, seed: int | None) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class TextStream:
     `min_p`, `repetition_penalty`, `seed` as in `llm.sampling.Sampling`; `stop` is one text or several that end the
     generation and are not part of it; `logprobs` asks for that many alternatives a token. `cache` goes on where an
     earlier generation ended: the prompt then comes after what it holds, and only tokens that were read are in it.
+    Without one there is a new one, of `cache_dtype` (float32, float16, bfloat16; default: as the model has it).
 
     Afterwards: `tokens`, `logprobs`, `finish_reason` ("stop", "length"), `prompt_tokens`, `prefill_seconds`,
     `decode_seconds`. Raises UserError for options out of range and ContextOverflow for a prompt that does not fit.
@@ -63,6 +64,7 @@ class TextStream:
         stop: str | Sequence[str] = (),
         logprobs: int = 0,
         cache: Cache | None = None,
+        cache_dtype: str | None = None,
         **sampling: Any,
     ):
         if model.tokenizer is None:
@@ -72,7 +74,11 @@ class TextStream:
         self.alternatives = _count("logprobs", logprobs)
         self.stops = _stops(stop)
         self.sampler = _sampler(sampling)
-        self.cache = model.new_cache() if cache is None else cache
+        if cache is not None and cache_dtype not in (None, cache.dtype):
+            raise UserError(
+                f"cache_dtype is {cache_dtype!r} and the given cache has {cache.dtype!r}: give one of the two"
+            )
+        self.cache = model.new_cache(cache_dtype) if cache is None else cache
         self.prompt = self._prompt_ids(prompt)
         self.cache.require(len(self.prompt))
         self.prompt_tokens = len(self.prompt)
@@ -178,10 +184,13 @@ class TextStream:
 
 
 class Chat:
-    """A conversation with a chat model; each token is read once, as far as the template keeps what was said."""
+    """A conversation with a chat model; each token is read once, as far as the template keeps what was said.
 
-    def __init__(self, model: Model):
-        self.model, self.cache = model, model.new_cache()
+    `cache_dtype` as for `TextStream`.
+    """
+
+    def __init__(self, model: Model, cache_dtype: str | None = None):
+        self.model, self.cache = model, model.new_cache(cache_dtype)
         self._read: list[int] = []
         self._stream: TextStream | None = None
 
@@ -200,9 +209,9 @@ class Chat:
 def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool = True) -> int:
     """Build the kernels for a prompt of `tokens` tokens and for decoding; gives how many had to be compiled.
 
-    `dtype` is that of the cache. Looked into once for a model, a range of lengths and a dtype.
+    `dtype` is that of the cache, by default the model's. Looked into once for a model, a range of lengths and a dtype.
     """
-    tokens = min(tokens, _MANY)
+    tokens, dtype = min(tokens, _MANY), dtype or model.cache_dtype
     ready = _prepared.setdefault(model, set())
     if (tokens, dtype) in ready:
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def show(model: Any, name: str) -> None:
     for label, value in (
         ("model", f"{name} ({model.model_type})"),
         ("parameters", f"{parameters:,}"),
-        ("weights", f"{size(model.nbytes)} as {model.dtype}"),
+        ("weights", f"{size(model.nbytes)} as {_dtypes(model)}"),
         ("context", f"{model.context} tokens"),
         ("vocabulary", _vocabulary(model)),
         ("chat template", "yes" if model.tokenizer and model.tokenizer.chat_template else "no"),
@@ -34,6 +35,14 @@ def show(model: Any, name: str) -> None:
     ):
         table.add_row(label, value)
     console.print(table)
+
+
+def _dtypes(model: Any) -> str:
+    """What the weights are held as, that of most bytes first."""
+    sizes = Counter[str]()
+    for _, weight in model.parameters():
+        sizes[weight.dtype] += weight.nbytes
+    return " and ".join(dtype for dtype, _ in sizes.most_common())
 
 
 def _vocabulary(model: Any) -> str:
@@ -52,19 +61,21 @@ def peak_memory() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def show_kernels() -> None:
-    """The compiled kernels on disk, the latest used last, and how much room they take."""
-    if store.directory() is None:
+def show_cache() -> None:
+    """The compiled kernels and packed weights on disk, the latest used last, and how much room they take."""
+    if store.kernels.directory() is None:
         print("the disk cache is off (LIMPID_CACHE=off)")
         return
-    entries = store.entries()
-    for entry in reversed(entries):
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        print(f"{when}  {size(entry.bytes):>7}  {entry.what}")
-    total = sum(entry.bytes for entry in entries)
-    print(f"{kernels(len(entries))}, {size(total)} of at most {size(store.limit())}, in {store.directory()}")
+    for each in (store.kernels, store.weights):
+        entries = each.entries()
+        for entry in reversed(entries):
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+            print(f"{when}  {size(entry.bytes):>7}  {entry.what}")
+        total = sum(entry.bytes for entry in entries)
+        print(f"{counted(len(entries), each)}, {size(total)} of at most {size(each.limit())}, in {each.directory()}")
 
 
-def kernels(count: int) -> str:
-    """`1 kernel`, `2 kernels`."""
-    return f"{count} kernel{'' if count == 1 else 's'}"
+def counted(count: int, kept: store.Store) -> str:
+    """`1 kernel`, `2 kernels`, `1 file of weights`."""
+    noun = "kernel" if kept is store.kernels else "file"
+    return f"{count} {noun}{'' if count == 1 else 's'}{'' if kept is store.kernels else ' of packed weights'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 import ops
+from ops import Spec, Tensor, memory, quantize
+from ops.quantize import FORMATS
 from ops.spec import DTYPES, FLOATS
 
 from .config import parse_config
@@ -22,7 +25,7 @@ from .model import Model
 from .models import architecture
 from .nn import load_parameters
 from .tokenizer import Tokenizer
-from .weights import read_directory, read_llama2c, resolve, write_directory
+from .weights import pack_all, read_directory, read_llama2c, resolve, write_directory
 
 
 def load(
@@ -31,37 +34,46 @@ def load(
     device: str = "cpu",
     revision: str | None = None,
     progress: bool = True,
+    weights: str | None = None,
 ) -> Any:
     """A model with its weights and tokenizer.
 
     `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a llama2.c `.bin` with its
     `tok*.bin` beside it, or a Hugging Face repository, downloaded at `revision`. Weights are mapped from the file and
     copied only where `dtype` (float32, float16, bfloat16; default: as stored) asks for a conversion.
+
+    `weights` is how matrices are held, whatever `dtype` the rest and the activations have: one of those, or "q4" or
+    "q8", packed with 4 or 8 bits a value (`ops.quantize`) and kept in the disk cache; then `dtype` is float32 when it
+    is not given, and a cache is float16.
     Raises UserError: ModelNotFound, ConfigError, CheckpointError or TokenizerError.
     """
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
+    if weights not in (None, *FLOATS, *FORMATS):
+        raise UserError(f"weights {weights!r} are not supported; choose one of {', '.join((*FORMATS, *FLOATS))}")
     if device != "cpu":
         raise UserError(f"device {device!r} is not supported; this version runs on 'cpu'")
     path = resolve(str(name_or_path), revision)
-    return _load_llama2c(path, dtype, progress) if path.is_file() else _load_directory(path, dtype, progress)
+    dtype = "float32" if dtype is None and weights in FORMATS else dtype
+    read = _load_llama2c if path.is_file() else _load_directory
+    return read(path, dtype, weights, progress)
 
 
-def _load_directory(path: Path, dtype: str | None, progress: bool) -> Model:
+def _load_directory(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
     raw = _read_config(path / "config.json")
     tensors = read_directory(path)
-    model = build(raw, dtype or _stored_dtype(tensors))
-    _fill(model, tensors, progress)
+    model = build(raw, dtype or _stored_dtype(tensors), weights)
+    _fill(model, tensors, sorted(path.glob("model*.safetensors")), progress)
     if (path / "tokenizer.json").exists():
         model.tokenizer = Tokenizer.from_directory(path)
         model.tokenizer.check_fits(model.config.vocab_size)
     return model
 
 
-def _load_llama2c(path: Path, dtype: str | None, progress: bool) -> Model:
+def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
     raw, tensors = read_llama2c(path)
-    model = build(raw, dtype or "float32")
-    _fill(model, tensors, progress)
+    model = build(raw, dtype or "float32", weights)
+    _fill(model, tensors, [path], progress)
     usual = [path.with_name(name) for name in (f"tok{model.config.vocab_size}.bin", "tokenizer.bin")]
     beside = [each for each in usual if each.exists()] or sorted(path.parent.glob("tok*.bin"))
     if beside:
@@ -69,10 +81,20 @@ def _load_llama2c(path: Path, dtype: str | None, progress: bool) -> Model:
     return model
 
 
-def build(raw: dict[str, Any], dtype: str = "float32") -> Model:
-    """A model without weights from the values of a config.json: each weight is a Spec until it is loaded."""
+def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = None) -> Model:
+    """A model without weights from the values of a config.json: each weight is a Spec until it is loaded.
+
+    Matrices are held as `weights`, by default as `dtype`.
+    """
     config_class, model_class = architecture(raw.get("model_type"))
-    return model_class(parse_config(config_class, raw), dtype)
+    model = model_class(parse_config(config_class, raw), dtype)
+    if weights is not None:
+        for name, spec in list(model.parameters()):
+            if spec.ndim == 2:
+                model.set_parameter(name, Spec(spec.shape, weights))
+    if weights in FORMATS:
+        model.cache_dtype = "float16"
+    return model
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -98,14 +120,15 @@ def _stored_dtype(tensors: dict[str, Any]) -> str:
     return known[0]
 
 
-def _fill(model: Model, tensors: dict[str, Any], progress: bool) -> None:
+def _fill(model: Model, tensors: dict[str, Any], files: list[Path], progress: bool) -> None:
     tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
     unknown = {name: a.dtype.name for name, a in tensors.items() if a.dtype not in [DTYPES[each] for each in FLOATS]}
     unknown = {name: kind for name, kind in unknown.items() if kind != "float64" and not name.endswith(model.ignored)}
     if unknown:
         shown = ", ".join(f"{name} is {kind}" for name, kind in list(unknown.items())[:4])
         raise CheckpointError(f"{shown}: expected {', '.join(FLOATS)}")
-    load_parameters(model, tensors, model.base, (*model.ignored, *tied), progress)
+    pack = functools.partial(pack_all, files=files, progress=progress)
+    load_parameters(model, tensors, model.base, (*model.ignored, *tied), progress, pack)
 
 
 def save(model: Model, directory: Path) -> Path:
@@ -171,14 +194,25 @@ def randomize(model: Model, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
     block = (rng.standard_normal(1 << 20) * 0.02).astype("float32")
     for name, weight in list(model.parameters()):
-        if isinstance(weight, ops.Spec):
-            tensor = ops.empty(weight.shape, weight.dtype)
-            flat = tensor.numpy().reshape(-1)
-            if name.endswith("norm.weight"):
-                flat[...] = 1
-            else:
-                source = block.astype(flat.dtype)
-                for start in range(0, flat.size, source.size):
-                    flat[start : start + source.size] = np.roll(source, start % 977)[: flat.size - start]
-            model.set_parameter(name, tensor)
+        if isinstance(weight, Spec):
+            model.set_parameter(name, _ones(weight) if name.endswith("norm.weight") else _repeated(block, weight))
     return model
+
+
+def _ones(spec: Spec) -> Tensor:
+    return ops.tensor(np.ones(spec.shape, DTYPES[spec.dtype]))
+
+
+def _repeated(block: np.ndarray, spec: Spec) -> Tensor:
+    """A tensor that repeats the values of `block`, each time from another place."""
+    if spec.format is not None:
+        piece = quantize.pack(np.resize(block, (256, spec.shape[1])), spec.format)
+        data = memory.huge(spec.nbytes)
+        for start in range(0, data.size, piece.size):
+            data[start : start + piece.size] = piece[: data.size - start]
+        return ops.tensor_from_packed(data, spec)
+    result = ops.empty(spec.shape, spec.dtype)
+    flat, source = result.numpy().reshape(-1), block.astype(DTYPES[spec.dtype])
+    for start in range(0, flat.size, source.size):
+        flat[start : start + source.size] = np.roll(source, start % 977)[: flat.size - start]
+    return result

@@ -35,11 +35,12 @@ class Model(Module):
 
     config: Any
     dtype: str
+    cache_dtype: str | None = None  # what a new cache holds; None: as the keys come
     tokenizer: Tokenizer | None = None
 
-    def new_cache(self) -> Cache:
-        """An empty cache for this model."""
-        return Cache(self.context)
+    def new_cache(self, dtype: str | None = None) -> Cache:
+        """An empty cache for this model. `dtype` as for `Cache`; None is the model's own `cache_dtype`."""
+        return Cache(self.context, dtype or self.cache_dtype)
 
     @property
     def context(self) -> int:
@@ -52,6 +53,8 @@ class Model(Module):
         """Token ids as an int32 tensor [n], from a list, an array or a tensor. Raises UserError."""
         if isinstance(given, str):
             raise UserError("ids are token ids, given text; use model.tokenizer.encode(text), or model.generate(text)")
+        if type(given) is list and len(given) == 1 and type(given[0]) is int and 0 <= given[0] < self.config.vocab_size:
+            return ops.integer(given[0])  # a decode step
         if isinstance(given, Tensor):
             given = given.numpy()
         array = np.asarray(given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +10,14 @@ import numpy as np
 import ops
 from ops import Spec, Tensor, scope
 from ops.progress import tracked
+from ops.quantize import FORMATS
 
 from . import rope
 from .errors import CheckpointError
 
 _SLOW_LOAD = 64 * 2**20  # bytes above which loading shows its progress
+
+Pack = Callable[[Mapping[str, Spec], Mapping[str, np.ndarray]], Mapping[str, Tensor]]
 
 __limpid_plumbing__ = True  # frames of this file only pass calls on: tools look past them for the model's line
 
@@ -99,7 +102,9 @@ class ModuleList(list):
             return [self[i] for i in range(*index.indices(len(self)))]
         found = list.__getitem__(self, index)
         if isinstance(found, Module):
-            found._name = f"{self._name}.{index if index >= 0 else index + len(self)}"
+            name = f"{self._name}.{index if index >= 0 else index + len(self)}"
+            if found._name != name:
+                found._name = name
         return found
 
 
@@ -130,9 +135,10 @@ class Embedding(Module):
 
     def __init__(self, vocabulary: int, width: int, dtype: str = "float32"):
         self.weight: Any = Spec((vocabulary, width), dtype)
+        self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
-        return ops.embedding(ids, self.weight)
+        return ops.embedding(ids, self.weight, dtype=self.dtype)
 
 
 class Rotation(NamedTuple):
@@ -151,15 +157,15 @@ class RotaryEmbedding:
 
     def __init__(self, parameters: rope.Rope):
         self.parameters = parameters
-        self._made: dict[bytes, Tensor] = {}
+        self._made: tuple[Any, Tensor, float] | None = None  # for the last regime
 
     def at(self, positions: Tensor, length: int) -> Rotation:
         """For tokens at `positions`, the last of which makes `length` tokens in all."""
-        values, scale = rope.frequencies(self.parameters, length)
-        frequencies = self._made.get(values.tobytes())
-        if frequencies is None:
-            frequencies = self._made[values.tobytes()] = ops.tensor(np.ascontiguousarray(values))
-        return Rotation(positions, frequencies, float(scale))
+        regime, made = rope.regime(self.parameters, length), self._made
+        if made is None or made[0] != regime:
+            values, scale = rope.frequencies(self.parameters, length)
+            made = self._made = regime, ops.tensor(np.ascontiguousarray(values)), float(scale)
+        return Rotation(positions, made[1], made[2])
 
 
 def load_parameters(
@@ -168,8 +174,11 @@ def load_parameters(
     base: str = "",
     ignored: tuple[str, ...] = (),
     progress: bool = False,
+    pack: Pack | None = None,
 ) -> None:
     """Give every parameter its array, without copying where the dtype is right.
+
+    `pack(specs, arrays)` gives the tensors of packed weights, all at a time; without it they are packed one by one.
 
     `base` is dropped from the checkpoint's names; names that end with one of `ignored` may be left over. Missing,
     left-over and mis-shaped tensors are one CheckpointError that lists them; then nothing has been changed.
@@ -189,8 +198,11 @@ def load_parameters(
     problems += [f"there with and without {base!r} in front: {_listed(twice)}"] * bool(twice)
     if problems:
         raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}")
+    matrices = {name: Spec(each.shape, each.dtype) for name, each in wanted.items() if each.dtype in FORMATS}
+    ready = pack(matrices, arrays) if pack and matrices else {}
     for name, spec in tracked(wanted.items(), "Loading weights", shown=progress and module.nbytes > _SLOW_LOAD):
-        module.set_parameter(name, ops.tensor(np.ascontiguousarray(arrays[name]), spec.dtype))
+        made = ready[name] if name in ready else ops.tensor(np.ascontiguousarray(arrays[name]), spec.dtype)
+        module.set_parameter(name, made)
 
 
 def _listed(names: list[str], most: int = 12) -> str:

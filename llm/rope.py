@@ -121,6 +121,16 @@ def frequencies(rope: Rope, seq_len: int) -> tuple[np.ndarray, float]:
     raise ConfigError(f"unknown rope type {s.rope_type!r}; known: {', '.join(_TYPES)}")
 
 
+def regime(rope: Rope, seq_len: int) -> int | None:
+    """What `frequencies` depends on of a sequence of `seq_len` tokens: equal values, equal frequencies."""
+    s = rope.scaling
+    if s is not None and s.rope_type == "dynamic":
+        return max(seq_len, _given(rope.max_position_embeddings))
+    if s is not None and s.rope_type == "longrope":
+        return int(seq_len > _given(s.original_max_position_embeddings))
+    return None
+
+
 def _block(raw: Mapping[str, Any], layer_type: str | None) -> tuple[Mapping[str, Any], bool]:
     """The rope parameters that apply, and whether they are this layer type's own."""
     old, new = raw.get("rope_scaling"), raw.get("rope_parameters")

@@ -1,16 +1,8 @@
 """Ops: tensors, and the one seam through which every op call goes. Knows TVM and NumPy, nothing above it."""
 
-import os as _os
+from . import threads
 
-
-def _set_threads() -> None:
-    """TVM reads its thread count once, at import, and takes one thread on a small machine: say it before."""
-    cores = len(_os.sched_getaffinity(0)) if hasattr(_os, "sched_getaffinity") else _os.cpu_count() or 1
-    given = _os.environ.get("LIMPID_THREADS") or _os.environ.get("TVM_NUM_THREADS")
-    _os.environ["TVM_NUM_THREADS"] = given or str(cores)
-
-
-_set_threads()
+threads.configure()  # TVM, which the others import, takes its settings from the environment
 
 from . import build, ceilings, memory, scope, select, spec, target
 from .attention import attention, mix, scores, softmax_with_sinks
@@ -45,7 +37,7 @@ from .reduce import argmax, log_softmax, softmax, top_k
 from .rotary import rope
 from .select import Selector
 from .spec import Dim, Spec
-from .tensor import Tensor, empty, tensor, zeros
+from .tensor import Tensor, empty, integer, tensor, tensor_from_packed, zeros
 
 __all__ = [
     "Call",
@@ -77,6 +69,7 @@ __all__ = [
     "gelu",
     "gelu_mul",
     "install",
+    "integer",
     "intercepted",
     "layer_norm",
     "like",
@@ -106,6 +99,8 @@ __all__ = [
     "tanh",
     "target",
     "tensor",
+    "tensor_from_packed",
+    "threads",
     "top_k",
     "zeros",
 ]

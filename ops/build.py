@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .op import Op
 
 _HERE = Path(__file__).parent
-_SHARED_SOURCES = ("build.py", "target.py", "tir.py", "schedule/*.py")
+_SHARED_SOURCES = ("build.py", "packed.py", "quantize.py", "target.py", "tir.py", "schedule/*.py")
 
 
 class Text(str):
@@ -132,8 +132,8 @@ def function(request: Request) -> Callable:
 
 
 def _load_or_compile(request: Request, key: str) -> Callable:
-    with store.locked(key):
-        path, reason = store.find(key)
+    with store.kernels.locked(key):
+        path, reason = store.kernels.find(key)
         if path is not None:
             try:
                 return tvm.runtime.load_module(str(path))[request.op.name]
@@ -142,7 +142,7 @@ def _load_or_compile(request: Request, key: str) -> Callable:
         started = time.perf_counter()
         executable = _compile(request)
         log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
-        store.put(key, f"{request.op.name}({request.arguments})", functools.partial(_write, executable.mod))
+        store.kernels.put(key, f"{request.op.name}({request.arguments})", functools.partial(_write, executable.mod))
         return executable[request.op.name]
 
 
@@ -211,7 +211,7 @@ def prepare(requests: Iterable[Request], progress: bool = True) -> int:
         for request in missing:
             function(request)
         return len(log) - before
-    absent = sum(not store.has(request.key) for request in missing)
+    absent = sum(not store.kernels.has(request.key) for request in missing)
     with ThreadPoolExecutor(target.threads()) as pool:
         results = pool.map(function, missing)
         try:

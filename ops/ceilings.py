@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 from . import target
 from .schedule import vector
 from .schedule.vector import Register, i64
-from .tensor import tensor, zeros
+from .tensor import zeros
 
 _BYTES = 2**28  # all that is read: several times a last-level cache
 _PARTS = 8  # read one at a time: a short pass finds its quiet moment on a busy machine
@@ -34,10 +34,16 @@ def read_bandwidth() -> float:
     """Bytes per second that all threads together read from memory: the floor of what streams weights."""
     values = np.empty(_BYTES // 4, "float32")  # NumPy asks for large pages, which read faster
     values[::1024] = 1.0  # pages that nobody wrote would all be one page of zeros
-    parts = itertools.cycle([tensor(part) for part in np.split(values, _PARTS)])
+    parts = itertools.cycle(np.split(values.view("uint8"), _PARTS))
+    read = reader(_BYTES // _PARTS)
+    return _BYTES / _PARTS / _best(lambda: read(next(parts)))
+
+
+def reader(nbytes: int) -> Callable[[np.ndarray], None]:
+    """A function that reads uint8 [nbytes], all threads together, as fast as the machine reads."""
     sums = zeros((target.threads() * target.lanes(),))
-    run = tvm.compile(_reader(values.size // _PARTS), target=target.host())["reader"]
-    return _BYTES / _PARTS / _best(lambda: run(next(parts).buffer.data, sums.buffer.data))
+    run = tvm.compile(_reader(nbytes // 4), target=target.host())["reader"]
+    return lambda data: run(data[: nbytes // 4 * 4].view("float32"), sums.buffer.data)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from html import escape
 
 import numpy as np
 
-from .spec import FLOATS
+from . import quantize, target
 from .tensor import Tensor
 
 _ALL = 2**20  # elements up to which statistics look at every one
@@ -35,11 +35,11 @@ class Statistics:
 
 def statistics(tensor: Tensor) -> Statistics:
     """Over all values, or over 262144 of them, spread evenly, when there are more than 1048576."""
-    values = tensor.numpy().reshape(-1)
+    values = _values(tensor).reshape(-1)
     if values.size > _ALL:
         values = values[: values.size // _CHUNKS * _CHUNKS].reshape(_CHUNKS, -1)[:, :_CHUNK].reshape(-1)
     seen = values.size
-    if tensor.dtype not in FLOATS:
+    if values.dtype.kind in "iu":
         nan, inf, finite = 0, 0, values
     else:
         values = values.astype("float32", copy=False)
@@ -84,9 +84,18 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if value else "0"  # without the sign of a zero
 
 
+def _values(tensor: Tensor) -> np.ndarray:
+    """All values; of a huge packed weight those of some rows, the first and the last among them."""
+    form = tensor.spec.format
+    if form is None or tensor.size <= _ALL:
+        return np.asarray(tensor)
+    blocks = max(2, _ALL // (tensor.shape[1] * target.lanes()))
+    return np.asarray(quantize.unpack_some(np.from_dlpack(tensor.buffer.data), tensor.shape, form, blocks))
+
+
 def _matrix(tensor: Tensor) -> np.ndarray:
     """The last two axes, at the start of the others."""
-    array = tensor.numpy()
+    array = _values(tensor)
     return array[(0,) * max(array.ndim - 2, 0)].reshape((1,) * max(2 - array.ndim, 0) + array.shape[-2:])
 
 

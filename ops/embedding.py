@@ -8,30 +8,35 @@ from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.tirx import builder
 
-from . import tir
+from . import packed, tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
-from .spec import FLOATS
+from .quantize import FORMATS
+from .spec import DTYPES, FLOATS
 from .tensor import Tensor
 
 _IDS = ("int32", "int64")
 
 
 @op(symbolic={"ids": "n"}, ranges=(1, 2, 17))
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """The rows of `weight` that `ids` name: ids [n], int32 or int64; weight [vocabulary, width], float.
+def embedding(ids: Tensor, weight: Tensor, *, dtype: str | None = None) -> Tensor:
+    """The rows of `weight` that `ids` name: ids [n], int32 or int64; weight [vocabulary, width], float or packed.
 
-    Returns [n, width] in weight's dtype. An id outside the vocabulary raises KernelError. HF nn.Embedding.
+    Returns [n, width] in `dtype`; when that is None, in weight's, or float32 where weight is packed. An id outside the
+    vocabulary raises KernelError. HF nn.Embedding.
     """
     if ids.dtype not in _IDS:
         raise DTypeError(f"ids is {ids}, expected int32 or int64")
-    if weight.dtype not in FLOATS:
-        raise DTypeError(f"weight is {weight}, expected one of {', '.join(FLOATS)}")
+    if weight.dtype not in (*FLOATS, *FORMATS):
+        raise DTypeError(f"weight is {weight}, expected one of {', '.join((*FLOATS, *FORMATS))}")
+    if dtype not in (None, *FLOATS):
+        raise DTypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     if ids.ndim != 1:
         raise ShapeError(f"ids is {ids}, expected [n]")
     if weight.ndim != 2:
         raise ShapeError(f"weight is {weight}, expected [vocabulary, width]")
-    return like(weight, (ids.shape[0], weight.shape[1]))
+    stored = weight.dtype if weight.dtype in FLOATS else "float32"
+    return like(weight, (ids.shape[0], weight.shape[1]), dtype or stored)
 
 
 @op(symbolic={"x": "n", "y": "m"})
@@ -67,10 +72,10 @@ def cache_write(cache: Tensor, x: Tensor, positions: Tensor) -> None:
 
 
 @embedding.reference
-def _(ids, weight):
+def _(ids, weight, dtype=None):
     if ids.size and not (ids.min() >= 0 and ids.max() < len(weight)):
         raise IndexError(f"ids hold a value outside [0, {len(weight)})")
-    return weight[ids]
+    return np.asarray(weight)[ids].astype(DTYPES[dtype] if dtype else weight.dtype)
 
 
 @concat.reference
@@ -89,27 +94,23 @@ def _(cache, x, positions):
 
 
 @embedding.kernel
-def _(ids, weight, out):
+def _(ids, weight, out, dtype):
     vocabulary, width = weight.shape
-    message = f"ids hold a value outside [0, {vocabulary})"
-
-    @T.prim_func(s_tir=True)
-    def embedding(ids_: T.handle, weight_: T.handle, out_: T.handle):
-        n = T.int64()
-        I = T.match_buffer(ids_, (n,), ids.dtype, align=ids.itemsize)  # noqa: E741
-        W = T.match_buffer(weight_, (vocabulary, width), weight.dtype, align=weight.itemsize)
-        Y = T.match_buffer(out_, (n, width), out.dtype, align=out.itemsize)
-        for i in range(n):
-            with T.sblock("check"):
-                vi = T.axis.reduce(n, i)  # no parallel loop: what a worker thread asserts may not be raised
-                assert T.And(I[vi] >= 0, I[vi] < vocabulary), message
-                T.evaluate(0)
-        for i, j in T.grid(n, width):
-            with T.sblock("embedding"):
-                vi, vj = T.axis.remap("SS", [i, j])
-                Y[vi, vj] = W[I[vi], vj]
-
-    return embedding
+    with IRBuilder() as ir, builder.prim_func(s_tir=True):
+        builder.func_name("embedding")
+        n = tirx.Var("n", "int64")
+        named = packed.argument("ids", ids, (n,))
+        rows = packed.argument("weight", weight)
+        target = packed.argument("out", out, (n, width))
+        with tir.block("check", (n,), reduces=True) as (token,):  # not in parallel: a worker's error may be lost
+            known = tirx.And(named[token] >= 0, named[token] < vocabulary)
+            with builder.Assert(known, f"ids hold a value outside [0, {vocabulary})"):
+                builder.evaluate(0)
+        with tir.block("embedding", (n, width)) as (token, column):
+            row = named[token].astype("int64")
+            value = rows[row, column] if weight.format is None else packed.Weight(rows, weight).value(row, column)
+            builder.buffer_store(target, value.astype(out.dtype), (token, column))
+    return ir.get()
 
 
 @concat.kernel

@@ -6,8 +6,10 @@ array or another library still holds through DLPack is never reused: its runtime
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import sys
 import threading
 
@@ -27,18 +29,25 @@ _checked_bytes = 0  # `_allocated_bytes` when the idle buffers were last added u
 
 
 class Buffer:
-    """One allocation: `data` is the runtime tensor, `references` its count of owners outside Python."""
+    """One allocation: `data` is the runtime tensor, `references` its count of owners outside Python.
 
-    __slots__ = ("data", "references")
+    `views` are other shapes of the same memory, made once: a decode step asks for them again and again.
+    """
+
+    __slots__ = ("data", "references", "views")
 
     def __init__(self, data):
         self.data = data
+        self.views: dict[Spec, Buffer] = {}
         # The strong count is the low half of the first word of every runtime object.
         self.references = ctypes.c_uint32.from_address(data.__chandle__())
 
     def exclusive(self) -> bool:
-        """True when only this buffer, and its caller's reference to it, know the memory."""
-        return self.references.value == 1 and sys.getrefcount(self.data) == 2
+        """True when only this buffer and its views, and its caller's reference to it, know the memory."""
+        views = self.views  # each of which is one more owner
+        if self.references.value != 1 + len(views) or sys.getrefcount(self.data) != 2:
+            return False
+        return not views or all(each.exclusive() for each in views.values())
 
 
 def allocate(spec: Spec) -> Buffer:
@@ -74,6 +83,11 @@ def view(spec: Spec, buffer: Buffer) -> Buffer:
     return Buffer(_ffi_api.TVMTensorCreateView(buffer.data, *_runtime_type(spec), 0))
 
 
+def reshaped(spec: Spec, buffer: Buffer) -> Buffer:
+    """The same memory as `spec`, which holds as many bytes: the view that the buffer remembers."""
+    return buffer.views.get(spec) or buffer.views.setdefault(spec, view(spec, buffer))
+
+
 def view_as(buffer: Buffer, shape: tuple[int, ...], dtype: str):
     """The runtime tensor of `buffer` with another shape or dtype name, such as the bits of a bfloat16."""
     return _ffi_api.TVMTensorCreateView(buffer.data, tvm_ffi.Shape(shape), tvm_ffi.dtype(dtype), 0)
@@ -96,13 +110,18 @@ def _bytes_of(buffer: Buffer) -> tuple:
 
 @functools.lru_cache(65536)
 def _runtime_type(spec: Spec) -> tuple:
+    if spec.format is not None:
+        return tvm_ffi.Shape((spec.nbytes,)), tvm_ffi.dtype("uint8")
     return tvm_ffi.Shape(spec.shape), tvm_ffi.dtype(spec.dtype)
 
 
-def release(spec: Spec, buffer: Buffer) -> None:
-    """Give a buffer back; it is dropped, not kept, when somebody else still refers to its memory."""
-    if buffer.exclusive():
-        spec.free.append(buffer)
+def huge(nbytes: int) -> np.ndarray:
+    """Zeros, uint8 [nbytes], outside the pool, in pages of 2 MiB where the system gives them."""
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2**21:
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, "uint8", nbytes)
 
 
 def idle_bytes() -> int:

@@ -14,9 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
-import numpy as np
-
-from . import build, intercept, memory
+from . import build, intercept, memory, threads
 from .call import Call, Kernel, as_tuple, raw, signature_line
 from .errors import KernelError, OpError, SelectorError, ShapeError
 from .scope import active, current, pass_call
@@ -32,6 +30,7 @@ R = TypeVar("R")
 registry: dict[str, Op] = {}
 _MEMO_LIMIT = 16384  # call shapes an op remembers, then it starts afresh
 _uses_lock = threading.Lock()
+_new = object.__new__
 
 
 def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor:
@@ -40,12 +39,16 @@ def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor
 
 
 class Plan:
-    """What an op does for one combination of specs and constants: its outputs and its compiled kernel."""
+    """What an op does for one combination of specs and constants: its outputs and its compiled kernel.
 
-    __slots__ = ("constants", "op", "outputs", "run", "specs")
+    `output` is the spec of the only output, None where there are several or none.
+    """
+
+    __slots__ = ("constants", "op", "output", "outputs", "run", "specs")
 
     def __init__(self, op: Op, specs: tuple, constants: dict[str, Any], outputs: tuple[Spec, ...]):
         self.op, self.specs, self.constants, self.outputs = op, specs, constants, outputs
+        self.output = outputs[0] if len(outputs) == 1 else None
         nothing = bool(outputs) and all(spec.size == 0 for spec in outputs) and not op.writes
         self.run: Callable[..., Any] = (lambda *_: None) if nothing else self._build_and_run
 
@@ -55,6 +58,7 @@ class Plan:
 
     def _build_and_run(self, *data: Any) -> None:
         self.run = build.function(self.request())
+        threads.settle()
         self.run(*data)
 
 
@@ -117,29 +121,45 @@ class Op(Generic[P, R]):
         counts = current.get().counts
         name = self.name
         counts[name] = counts.get(name, 0) + 1
-        key = (*[each.spec if type(each) is Tensor else type(each) for each in args], *constants.items())
+        specs, data = [], []
+        for each in args:
+            if type(each) is Tensor:
+                specs.append(each.spec)
+                data.append(each.buffer.data)
+            else:  # a number, or an argument left out
+                specs.append(type(each))
+                if each is not None:
+                    data.append(each)
+        key = (*specs, *constants.items())
         try:
             plan = self._plans.get(key)
         except TypeError as error:
             raise OpError(f"{self._here}: a constant is a number, a string or a tuple, not {error}") from None
         if plan is None:
             plan, args = self._first(key, args, constants)  # type: ignore[assignment]
+            data = raw(args)
         if self._uses or intercept._installed or intercept._local.get():
             return self._observed(plan, args)
         try:
-            if len(plan.outputs) == 1:
-                spec = plan.outputs[0]
+            spec = plan.output
+            if spec is not None:
                 try:
                     buffer = spec.free.pop()  # memory.allocate, without its call
                 except IndexError:
                     buffer = memory.allocate(spec)
-                plan.run(*[a.buffer.data if type(a) is Tensor else a for a in args if a is not None], buffer.data)
-                return cast(R, _wrap(spec, buffer))
-            outputs = tuple(_wrap(spec, memory.allocate(spec)) for spec in plan.outputs)
-            plan.run(*raw(args), *[each.buffer.data for each in outputs])
+                data.append(buffer.data)
+                plan.run(*data)
+                result = _new(Tensor)  # `_wrap`, without its call
+                result.spec, result.buffer, result.owner = spec, buffer, None
+                return result  # type: ignore[return-value]
+            outputs: tuple[Tensor, ...] = ()
+            if plan.outputs:
+                outputs = tuple([_wrap(spec, memory.allocate(spec)) for spec in plan.outputs])
+                data += [each.buffer.data for each in outputs]
+            plan.run(*data)
         except Exception as error:
             self._fail(error, args, constants)
-        return cast(R, outputs or None)
+        return outputs or None  # type: ignore[return-value]
 
     def _observed(self, plan: Plan, args: tuple) -> Any:
         """The same call when a tool looks on, or another kernel is in use. The rule has spoken already."""
@@ -281,8 +301,8 @@ class Op(Generic[P, R]):
                 self._reference = args[0]
                 return args[0]
             raise OpError(f"{self.name} has no reference; register one with @{self.name}.reference")
-        arrays = [np.asarray(each) if isinstance(each, Tensor) else each for each in args]
-        constants = {n: np.asarray(v) if isinstance(v, Tensor) else v for n, v in constants.items()}
+        arrays = [each.numpy() if isinstance(each, Tensor) else each for each in args]
+        constants = {n: v.numpy() if isinstance(v, Tensor) else v for n, v in constants.items()}
         return self._reference(*arrays, **constants)
 
     def kernel(self, builder: Callable) -> Callable:

@@ -280,8 +280,9 @@ def _number(y: Any) -> float:
 
 def _plus(x: Tensor, y: Tensor | Number) -> Tensor:
     if isinstance(y, Tensor):
-        x, y = (y, x) if y.ndim > x.ndim else (x, y)
-        return add(x, y) if x.ndim == y.ndim else add_row(x, y)
+        if x.spec.ndim == y.spec.ndim:
+            return add(x, y)
+        return add_row(x, y) if x.ndim > y.ndim else add_row(y, x)
     return offset(x, _number(y))
 
 
@@ -295,8 +296,9 @@ def _minus_from(x: Tensor, y: Number) -> Tensor:
 
 def _times(x: Tensor, y: Tensor | Number) -> Tensor:
     if isinstance(y, Tensor):
-        x, y = (y, x) if y.ndim > x.ndim else (x, y)
-        return mul(x, y) if x.ndim == y.ndim else mul_row(x, y)
+        if x.spec.ndim == y.spec.ndim:
+            return mul(x, y)
+        return mul_row(x, y) if x.ndim > y.ndim else mul_row(y, x)
     return scale(x, _number(y))
 
 

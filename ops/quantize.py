@@ -188,9 +188,17 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...], form: Format | str) -> Va
     values = form.values.astype("float32")[codes] * scales.astype("float32")[..., None]
     if minima is not None:
         values = values + minima.astype("float32")[..., None]
-    result = values.reshape(shape[0], -1)[:, : shape[1]].view(Values)
+    result = np.ascontiguousarray(values.reshape(shape[0], -1)[:, : shape[1]]).view(Values)
     result.format = form
     return result
+
+
+def unpack_some(packed: np.ndarray, shape: tuple[int, ...], form: Format, blocks: int) -> Values:
+    """The values of `blocks` blocks of rows, spread evenly from the first to the last, at least two of them."""
+    rows, count = target.lanes(), form.records(shape, target.lanes())[0]
+    chosen = np.unique(np.linspace(0, count - 1, blocks).astype("int64"))
+    records = packed.reshape(count, -1)[chosen]
+    return unpack(records, ((len(chosen) - 1) * rows + (shape[0] - 1) % rows + 1, shape[1]), form)
 
 
 def round_activations(x: np.ndarray, form: Format) -> np.ndarray:

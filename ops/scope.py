@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from . import intercept
+from . import intercept, threads
 from .errors import OpError
 from .intercept import Interceptor
 from .tensor import Tensor
@@ -20,29 +20,35 @@ if TYPE_CHECKING:
     from .call import Call
 
 _passes = itertools.count(1)
+_NOBODY: frozenset[int] = frozenset()
 
 
 class Scope:
     """One running module call: its path (`layers.3.self_attn`), its pass, and how often each op was called in it."""
 
-    __slots__ = ("args", "busy", "constants", "counts", "module", "number", "parent", "path", "tools")
+    __slots__ = ("args", "busy", "constants", "counts", "module", "name", "number", "parent", "tools")
 
     def __init__(
-        self, path: str, number: int, parent: Scope | None = None, module: Any = None, args=(), constants=None
+        self, name: str, number: int, parent: Scope | None = None, module: Any = None, args=(), constants=None
     ):
-        self.path = path
+        self.name = name  # in the parent; without a parent, the whole path
         self.number = number  # of the pass: 1 for the first outermost forward of the process
         self.parent = parent
         self.module = module
         self.args: tuple = args
-        self.constants: dict[str, Any] = constants or {}
+        self.constants: dict[str, Any] = {} if constants is None else constants
         self.counts: dict[str, int] = {}
-        self.busy: frozenset[int] = parent.busy if parent else frozenset()  # interceptors whose own code runs, by id
+        self.busy: frozenset[int] = parent.busy if parent else _NOBODY  # interceptors whose own code runs, by id
         self.tools: dict[str, dict[str, int]] | None = None  # counts of the ops that interceptors call here themselves
+
+    @property
+    def path(self) -> str:
+        """Where in the model, such as `layers.3.self_attn`."""
+        return self.parent.below(self.name) if self.parent else self.name
 
     def of_tool(self, tool: Interceptor) -> Scope:
         """Where `tool` makes op calls of its own: it does not see them, and the model's ordinals do not move."""
-        scope = Scope(self.below(tool.name), self.number, self, self.module)
+        scope = Scope(tool.name, self.number, self, self.module)
         self.tools = self.tools or {}
         scope.counts = self.tools.setdefault(tool.name, scope.counts)
         scope.busy = self.busy | {id(tool)}
@@ -50,7 +56,8 @@ class Scope:
 
     def below(self, name: str) -> str:
         """The path of what is called `name` in here."""
-        return f"{self.path}.{name}" if self.path and name else self.path or name
+        path = self.path
+        return f"{path}.{name}" if path and name else path or name
 
     def __repr__(self) -> str:
         return f"<{self.path or 'model'} in pass {self.number}>"
@@ -64,11 +71,17 @@ def run(module: Any, name: str, forward: Callable, args: tuple, kwargs: dict) ->
     """Call `forward(*args, **kwargs)` in the scope of `module`, called `name` in the module around it."""
     outer = current.get()
     if outer is _root:
+        threads.settle()
         scope = Scope("", next(_passes), outer, module, args, kwargs)
     else:
-        scope = Scope(outer.below(name), outer.number, outer, module, args, kwargs)
-    chain = active(scope)
-    return _pass_scope(chain, scope, forward) if chain else _inside(scope, forward, *args, **kwargs)
+        scope = Scope(name, outer.number, outer, module, args, kwargs)
+    if intercept._installed or intercept._local.get():
+        return _pass_scope(active(scope), scope, forward)
+    token = current.set(scope)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        current.reset(token)
 
 
 def active(scope: Scope) -> tuple[Interceptor, ...]:

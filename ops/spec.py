@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import DTypeError, ShapeError
+from .quantize import FORMATS, Format
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("float32"),
@@ -78,9 +79,11 @@ class Spec:
         found = cls._interned.get(key)
         if found is not None:
             return found
-        if dtype not in DTYPES:
-            raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        if dtype not in DTYPES and dtype not in FORMATS:
+            raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join((*DTYPES, *FORMATS))}")
         shape = tuple(_size(size, shape) for size in shape)
+        if dtype in FORMATS and (len(shape) != 2 or any(isinstance(size, Dim) for size in shape)):
+            raise ShapeError(f"shape {shape} of dtype {dtype}: a packed weight is [rows, inputs]")
         self = object.__new__(cls)
         self.shape, self.dtype, self.device, self.ndim, self.free = shape, dtype, device, len(shape), []
         return cls._interned.setdefault((shape, dtype, device), self)
@@ -97,12 +100,18 @@ class Spec:
         return math.prod(self.shape)
 
     @property
+    def format(self) -> Format | None:
+        """How a packed weight is held; None where elements stand in memory one by one."""
+        return FORMATS.get(self.dtype)
+
+    @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].itemsize
+        """Bytes of what an address is a multiple of: an element, or a byte of a packed weight."""
+        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
 
     @property
     def nbytes(self) -> int:
-        return self.size * self.itemsize
+        return self.size * self.itemsize if self.format is None else self.format.nbytes(self.shape)
 
     def like(self, shape: tuple[Any, ...] | None = None, dtype: str | None = None) -> Spec:
         """The same spec with another shape or dtype."""

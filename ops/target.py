@@ -19,6 +19,7 @@ import tvm
 from tvm.target import codegen
 
 from .errors import KernelError
+from .threads import count
 
 # Sums may be reordered so that LLVM vectorises them; nothing else of floating-point arithmetic is relaxed.
 _COMMON = {"kind": "llvm", "fast-math-contract": 1, "fast-math-reassoc": 1}
@@ -148,8 +149,8 @@ def registers() -> int:
 
 
 def threads() -> int:
-    """How many threads a kernel runs on: LIMPID_THREADS, else the cores this process may use."""
-    return int(os.environ["TVM_NUM_THREADS"])
+    """How many threads a kernel runs on: LIMPID_THREADS, else the physical cores this process may use."""
+    return count()
 
 
 def describe() -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
+from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm_ffi
 
-from . import memory
+from . import memory, quantize, target
 from .errors import DTypeError, OpError, ShapeError
+from .quantize import FORMATS
 from .spec import DTYPES, Spec
 
 Number = float | np.integer | np.floating
@@ -20,6 +25,9 @@ class Tensor:
 
     `x.shape`, `x.dtype`, `x.device`; `x.numpy()` and `np.asarray(x)` share the memory; `x[2:5]` and `x.reshape(...)`
     are views. Arithmetic (`x + y`, `x * 2.0`) calls ops, so tools see it.
+
+    A packed weight has a weight format as its dtype, such as "q4". `numpy()` gives a copy of its values as float32;
+    it has no views.
     """
 
     __slots__ = ("__weakref__", "buffer", "owner", "spec")
@@ -33,8 +41,11 @@ class Tensor:
 
     def __del__(self):
         if self.owner is None:
-            memory.release(self.spec, self.buffer)
+            buffer = self.buffer
             self.buffer = None  # a finalizer that still reaches this tensor must not reach memory given away
+            # First the usual case of `exclusive`. Where somebody still refers to the memory, it is dropped, not kept.
+            if (buffer.references.value == 1 and getrefcount(buffer.data) == 2) or buffer.exclusive():
+                self.spec.free.append(buffer)
         else:
             # The view goes before its owner does: else the owner's buffer would look shared and leave the pool.
             self.buffer = None
@@ -70,9 +81,14 @@ class Tensor:
         return self.shape[0]
 
     def numpy(self) -> np.ndarray:
-        """The values as a NumPy array over the same memory, on the CPU; a change in one is seen in the other."""
+        """The values as a NumPy array over the same memory, on the CPU; a change in one is seen in the other.
+
+        Of a packed weight a copy, float32, which remembers its format.
+        """
         if self.device != "cpu":
             raise OpError(f"{self.spec} is not on the CPU, and NumPy sees only CPU memory")
+        if self.spec.format is not None:
+            return quantize.unpack(np.from_dlpack(self.buffer.data), self.shape, self.spec.format)
         if self.dtype not in _STORAGE:
             return np.from_dlpack(self.buffer.data)
         bits = memory.view_as(self.buffer, self.shape, _STORAGE[self.dtype])
@@ -84,18 +100,26 @@ class Tensor:
             if copy is False:
                 raise ValueError(f"{self.spec} as {np.dtype(dtype)} needs a copy, and copy=False forbids it")
             return array.astype(dtype)
+        if copy is False and self.spec.format is not None:
+            raise ValueError(f"the values of {self.spec} are a copy, and copy=False forbids it")
         return array.copy() if copy else array
 
     def __copy__(self) -> Tensor:
         return self.reshape(self.shape)
 
     def __deepcopy__(self, _: Any) -> Tensor:
+        if self.spec.format is not None:
+            return tensor_from_packed(np.from_dlpack(self.buffer.data).copy(), self.spec)
         return tensor(self.numpy().copy())
 
     def __reduce__(self):
+        if self.spec.format is not None:
+            return _unpickled, (np.from_dlpack(self.buffer.data), self.spec, target.lanes())
         return tensor, (self.numpy(),)
 
     def __dlpack__(self, **options):
+        if self.spec.format is not None:
+            raise OpError(f"{self.spec} is packed, which no other library reads; share its values: x.numpy()")
         return self.buffer.data.__dlpack__(**options)
 
     def __dlpack_device__(self):
@@ -110,15 +134,8 @@ class Tensor:
     def reshape(self, *shape: Any) -> Tensor:
         """A view with another shape of the same size; one size may be -1."""
         sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        if -1 in sizes:
-            rest = int(np.prod([size for size in sizes if size != -1]))
-            if sizes.count(-1) > 1 or rest == 0 or self.size % rest:
-                raise ShapeError(f"cannot reshape {self.spec} to {sizes}")
-            sizes = tuple(self.size // rest if size == -1 else size for size in sizes)
-        spec = self.spec.like(sizes)
-        if spec.size != self.size:
-            raise ShapeError(f"cannot reshape {self.spec} ({self.size} elements) to {sizes} ({spec.size} elements)")
-        return _wrap(spec, memory.view(spec, self.buffer), owner=self)
+        spec = _reshaped(self.spec, sizes)
+        return _wrap(spec, memory.reshaped(spec, self.buffer), owner=self)
 
     def __getitem__(self, index) -> Tensor:
         """A view along leading dimensions: `x[3]`, `x[2:5]`, `x[0, 1:]`. It is contiguous, so steps are 1."""
@@ -158,8 +175,26 @@ class Tensor:
         return html(self)
 
 
+@functools.lru_cache(4096)
+def _reshaped(spec: Spec, sizes: tuple) -> Spec:
+    """`spec` with another shape of the same size; one of the `sizes` may be -1."""
+    if -1 in sizes:
+        rest = math.prod(size for size in sizes if size != -1)
+        if sizes.count(-1) > 1 or rest == 0 or spec.size % rest:
+            raise ShapeError(f"cannot reshape {spec} to {sizes}")
+        sizes = tuple(spec.size // rest if size == -1 else size for size in sizes)
+    if spec.format is not None and sizes != spec.shape:
+        raise ShapeError(f"{spec} is packed and has no other shape; reshape its values: x.numpy()")
+    found = spec.like(sizes)
+    if found.size != spec.size:
+        raise ShapeError(f"cannot reshape {spec} ({spec.size} elements) to {sizes} ({found.size} elements)")
+    return found
+
+
 def _leading_view(spec: Spec, index: tuple) -> tuple[Spec, int]:
     """The spec of a view along leading dimensions, and its offset in bytes."""
+    if spec.format is not None:
+        raise ShapeError(f"{spec} is packed and has no views; look at its values: x.numpy()[...]")
     if len(index) > spec.ndim:
         raise ShapeError(f"{len(index)} indices for {spec}")
     kept, offset, stride = [], 0, spec.nbytes
@@ -197,15 +232,25 @@ def empty(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
 def zeros(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
     """A tensor of zeros."""
     result = empty(shape, dtype, device)
-    result.numpy()[...] = 0
+    values = result.numpy() if result.spec.format is None else np.from_dlpack(result.buffer.data)
+    values[...] = 0
     return result
+
+
+def integer(value: int) -> Tensor:
+    """int32 [1] with `value`, such as a token or its position: not by NumPy, which weights drive out of the caches."""
+    spec = Spec((1,), "int32")
+    buffer = memory.allocate(spec)
+    ctypes.c_int32.from_address(buffer.data.data_ptr()).value = value
+    return _wrap(spec, buffer)
 
 
 def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
     """A tensor over `array`: NumPy or anything with DLPack (no copy), a tensor, a number or nested lists.
 
     Copied only where sharing is impossible: a read-only or unaligned array, or another `dtype` asked for. Raises
-    ShapeError for an array that is not contiguous and DTypeError for a dtype that no op takes.
+    ShapeError for an array that is not contiguous and DTypeError for a dtype that no op takes. A weight format as
+    `dtype`, such as "q4", quantises a matrix [rows, inputs] and packs it.
     """
     if device != "cpu":
         raise OpError(f"device {device!r} is not supported; this build runs on 'cpu'")
@@ -217,6 +262,8 @@ def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
         listed = np.asarray(array)
         array = listed.astype("float32") if listed.dtype == np.float64 else listed
     array = np.asarray(array)
+    if dtype in FORMATS:
+        return tensor_from_packed(quantize.pack(array, dtype), Spec(array.shape, dtype))
     if dtype is not None:
         array = array.astype(_known(dtype), copy=False)
     name = array.dtype.name
@@ -234,9 +281,22 @@ def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
     return _wrap(spec, memory.view(spec, buffer) if name in _STORAGE else buffer, owner=array)
 
 
+def tensor_from_packed(data: np.ndarray, spec: Spec) -> Tensor:
+    """A packed weight over its bytes, uint8 [spec.nbytes], as `ops.quantize.pack` lays them out for this machine."""
+    if data.dtype != np.uint8 or data.shape != (spec.nbytes,) or not data.flags.c_contiguous:
+        raise ShapeError(f"{spec} takes {spec.nbytes} bytes; given {data.dtype} {list(data.shape)}")
+    return _wrap(spec, memory.Buffer(tvm_ffi.from_dlpack(data)), owner=data)
+
+
+def _unpickled(data: np.ndarray, spec: Spec, lanes: int) -> Tensor:
+    if lanes != target.lanes():
+        raise OpError(f"{spec} was packed for vectors of {lanes} lanes; this machine's have {target.lanes()}")
+    return tensor_from_packed(data.copy(), spec)
+
+
 def _known(dtype: str) -> np.dtype:
     if dtype not in DTYPES:
-        raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join((*DTYPES, *FORMATS))}")
     return DTYPES[dtype]
 
 

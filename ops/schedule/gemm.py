@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from .. import target
-from ..spec import Dim, Spec
 from . import vector
 from .cpu import PARALLEL_WORK
 from .vector import Register, i64
@@ -84,34 +82,6 @@ class Product:
     @property
     def threads(self) -> int:
         return target.threads() if self.low * self.rows * self.k >= PARALLEL_WORK else 1
-
-
-def arguments(x: Spec, weight: Spec, bias: Spec | None, out: Spec) -> tuple[Any, Any, Any, Any]:
-    """The buffers of a prim_func for `ops.linear`, the number of tokens left open; None for an absent bias."""
-    rows, k = map(i64, weight.shape)
-    n = tirx.Var("n", "int64")
-    T.func_name("linear")
-    X = T.arg("x", T.buffer((n, x.shape[1]), x.dtype, align=x.itemsize))
-    W = T.arg("weight", T.buffer((rows, k), weight.dtype, align=weight.itemsize))
-    B = bias and T.arg("bias", T.buffer((rows,), bias.dtype, align=bias.itemsize))
-    Y = T.arg("out", T.buffer((n, out.shape[1]), out.dtype, align=out.itemsize))
-    return X, W, B, Y
-
-
-def linear(x: Spec, weight: Spec, bias: Spec | None, out: Spec) -> tirx.PrimFunc | None:
-    """The fast kernel of `ops.linear` for these specs; None when the weight has no rows."""
-    if weight.shape[0] == 0:
-        return None
-    size = x.shape[0]
-    low, high = (size.low, size.high) if isinstance(size, Dim) else (size, size)
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
-        X, W, B, Y = arguments(x, weight, bias, out)
-
-        def add_bias(_: Any, row: Any, value: Any) -> Any:
-            return value if B is None else value + B[row].astype("float32")
-
-        emit(Product(X, W, Y, X.shape[0], low, high, add_bias))
-    return builder.get()
 
 
 def emit(product: Product) -> None:

@@ -44,8 +44,7 @@ class Limpid:
         if test == "ceilings":
             return {"read_bandwidth": ops.ceilings.read_bandwidth(), "fma_peak": ops.ceilings.fma_peak()}
         if self._model is None:
-            packed: dict[str, Any] = {} if self.weights in ops.spec.FLOATS else {"weights": self.weights}
-            self._model = randomize(build(self.config, self.dtype), **packed)
+            self._model = randomize(build(self.config, self.dtype, self.weights))
         if test == "dispatch":
             return self._dispatch(**sizes)
         if test == "kernels":

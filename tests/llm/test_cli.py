@@ -20,6 +20,7 @@ import pytest
 import llm
 import ops
 from llm import bench, cli
+from llm.weights import pack_all
 
 from . import small
 
@@ -203,6 +204,18 @@ def test_chat_needs_a_template(limpid, chatty, tmp_path):
     assert err == "limpid: this model has no chat template: it is not made for chat; use generate\n"
 
 
+@pytest.mark.parametrize("form", ["q4", "q8"])
+def test_packed_weights(limpid, quick, form):
+    code, out, err = limpid("generate", "--weights", form, "-n", "5", "Once")
+    assert code == 0 and out.startswith("Once upon a time")
+    assert re.search(rf"weights +\d+ kB as {form} and float32", limpid("info", "--weights", form)[1])
+    for what in ("gemv", "decode", "prefill"):
+        assert json.loads(limpid("bench", what, "--weights", form, "--json")[1])["weights"] == form
+    for arguments in (("generate",), ("info",), ("bench", "gemv")):
+        code, _, err = limpid(*arguments, "--weights", "q3")
+        assert (code, err.count("\n")) == (2, 1) and "choose one of q4, q8, float32" in err
+
+
 def test_info(limpid, chatty):
     code, out, err = limpid("info", chatty)
     assert (code, err) == (0, "")
@@ -216,15 +229,23 @@ def test_info(limpid, chatty):
 
 def test_cache(limpid, monkeypatch, tmp_path):
     monkeypatch.setenv("LIMPID_CACHE", str(tmp_path / "cache"))
-    assert limpid("cache")[1] == f"0 kernels, 0 B of at most 1.07 GB, in {tmp_path}/cache/kernels\n"
+    assert limpid("cache")[1].splitlines() == [
+        f"0 kernels, 0 B of at most 1.07 GB, in {tmp_path}/cache/kernels",
+        f"0 files of packed weights, 0 B of at most 68.7 GB, in {tmp_path}/cache/weights",
+    ]
     eps = float(np.random.default_rng().random())  # a kernel that nobody has built
     ops.rms_norm(ops.zeros((1, 4)), ops.zeros((4,)), eps=eps)
     code, out, err = limpid("cache", "show")
     assert (code, err) == (0, "")
     assert out.splitlines()[0].endswith(f"B  rms_norm(x=float32[1, 4], weight=float32[4], eps={eps}, plus_one=False)")
     assert out.splitlines()[1].startswith("1 kernel, ")
-    assert limpid("cache", "clear")[1] == f"removed 1 kernel from {tmp_path}/cache/kernels\n"
-    assert list((tmp_path / "cache/kernels").iterdir()) == []
+    pack_all({"w": ops.Spec((3, 5), "q4")}, {"w": np.ones((3, 5), "float32")}, [Path(__file__)])
+    assert "q4 of llm\n1 file of packed weights, " in limpid("cache")[1]
+    assert limpid("cache", "clear")[1].splitlines() == [
+        f"removed 1 kernel from {tmp_path}/cache/kernels",
+        f"removed 1 file of packed weights from {tmp_path}/cache/weights",
+    ]
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
     monkeypatch.setenv("LIMPID_CACHE", "off")
     assert limpid("cache", "show")[1] == "the disk cache is off (LIMPID_CACHE=off)\n"
     assert limpid("cache", "clear")[:2] == (0, "the disk cache is off (LIMPID_CACHE=off)\n")
@@ -254,7 +275,7 @@ def test_bench_json(limpid, quick):
     for row in result("gemv")["rows"]:
         assert len(row["shape"]) == 2
         assert row["gb_per_s"] > 0
-        assert row["share_of_bandwidth"] == pytest.approx(row["gb_per_s"] / 10)
+        assert row["share_of_bandwidth"] == pytest.approx(row["gb_per_s"] / row["read_gb_per_s"])
     decode = result("decode")
     assert decode["tokens_per_s"] > 0
     assert decode["peak_memory_bytes"] > 2**20

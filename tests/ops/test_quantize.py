@@ -31,7 +31,7 @@ def machine(name):
     return target.machine() if name == "native" else target.MACHINES[name]
 
 
-def compiled(rows, k, form, low, high, dtype="float32"):
+def primfunc(rows, k, form, low, high, dtype="float32"):
     """The kernel for `low` to `high` tokens."""
     n = i64(1) if high == 1 else tirx.Var("n", "int64")
     with IRBuilder() as builder, T.prim_func(s_tir=True):
@@ -40,7 +40,11 @@ def compiled(rows, k, form, low, high, dtype="float32"):
         weight = T.arg("weight", T.buffer((i64(form.nbytes((rows, k))),), "uint8", align=1))
         y = T.arg("y", T.buffer((n, i64(rows)), "float32", align=4))
         quantized.emit(quantized.Product(x, weight, y, n, low, high, rows, form, lambda token, row, value: value))
-    return tvm.compile(builder.get(), target=target.host())["linear"]
+    return builder.get()
+
+
+def compiled(*args):
+    return tvm.compile(primfunc(*args), target=target.host())["linear"]
 
 
 def reference(x, weight, form):

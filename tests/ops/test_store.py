@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ops import OpError, store
+from ops import OpError
+from ops.store import kernels as store
 
 KEY = "ab" + "0" * 30
 
