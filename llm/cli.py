@@ -38,6 +38,9 @@ DType = Annotated[str | None, _option("--dtype", metavar="TYPE", help="float32, 
 Weights = Annotated[
     str | None, _option("--weights", metavar="TYPE", help="matrices as q4, q8 or a float type; default: as stored")
 ]
+CacheDType = Annotated[
+    str | None, _option("--cache-dtype", metavar="TYPE", help="keys and values as float32, float16 or bfloat16")
+]
 Device = Annotated[str, _option("--device", metavar="NAME", help="where to run: cpu")]
 Revision = Annotated[str | None, _option("--revision", metavar="REV", help="branch, tag or commit on the Hub")]
 
@@ -71,6 +74,7 @@ def generate(
     seed: Seed = None,
     dtype: DType = None,
     weights: Weights = None,
+    cache_dtype: CacheDType = None,
     device: Device = "cpu",
     revision: Revision = None,
 ) -> None:
@@ -81,7 +85,7 @@ def generate(
     text = _stdin() if text == "-" else text or ""
     loaded = _load(model, dtype, weights, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
-    stream = loaded.stream(text, max_tokens=max_tokens, **options)
+    stream = loaded.stream(text, max_tokens=max_tokens, cache_dtype=cache_dtype, **options)
     _print(stream, text)
     _closing_line(stream)
 
@@ -99,6 +103,7 @@ def chat(
     seed: Seed = None,
     dtype: DType = None,
     weights: Weights = None,
+    cache_dtype: CacheDType = None,
     device: Device = "cpu",
     revision: Revision = None,
 ) -> None:
@@ -108,7 +113,7 @@ def chat(
     loaded = _load(model, dtype, weights, device, revision)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    conversation = Chat(loaded)
+    conversation = Chat(loaded, cache_dtype)
     conversation.answer([*messages, {"role": "user", "content": ""}], max_tokens=0)  # says at once when it cannot chat
     while True:
         try:

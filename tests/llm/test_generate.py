@@ -49,6 +49,12 @@ def test_a_trained_model_tells_its_story(stories):
     assert wanted.startswith(stories.generate("", max_tokens=200).encode())
 
 
+def test_it_begins_alike_with_eight_bits_and_a_half_precision_cache(stories):
+    story = llm.load(STORIES / "stories260K.bin", weights="q8").generate("", max_tokens=100)
+    assert story.startswith("Once upon a time, there was a little girl named Lily. She loved to play outside in the")
+    assert stories.generate("", max_tokens=200, cache_dtype="float16") == stories.generate("", max_tokens=200)
+
+
 def test_a_prompt_goes_on_as_if_it_had_been_written(stories):
     story = stories.generate("", max_tokens=100)
     for words in (1, 3, 10):

@@ -26,6 +26,13 @@ def answers(model, question) -> bool:
     return logits.argmax(axis=-1).tolist() == answer
 
 
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_it_answers_with_packed_weights(seed, weights):
+    packed, questions = llm.load("tiny", weights=weights), corpus.held_out_questions(QUESTIONS, seed)
+    right = np.mean([answers(packed, question) for question in questions])
+    assert right >= 0.95, f"{right:.1%} of {QUESTIONS} held-out questions"
+
+
 def test_it_answers_for_a_reason(model, seed):
     questions = corpus.held_out_questions(QUESTIONS, seed)
     right = np.mean([answers(model, question) for question in questions])
@@ -53,5 +60,5 @@ def test_it_is_small():
     assert sum(weight.size for _, weight in model.parameters()) <= 4_000_000
     assert sum(path.stat().st_size for path in TINY.iterdir() if path.is_file()) <= 8_000_000
     card = (TINY / "README.md").read_text("utf-8")
-    for word in ("Seed", "Corpus", "steps", "loss", "Held-out score", "--evaluate"):
+    for word in ("Seed", "Corpus", "steps", "loss", "Held-out score", "With packed weights", "--evaluate"):
         assert word in card
