@@ -1,5 +1,6 @@
 """Models with packed weights: loaded, cached on disk, run, saved."""
 
+import dataclasses
 import os
 import time
 
@@ -20,8 +21,9 @@ SHAPES = {"first": (40, 64), "second": (7, 100)}
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LIMPID_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "weights"
+    folder = tmp_path / "cache" / "weights"
+    monkeypatch.setattr(store, "weights", dataclasses.replace(store.weights, name=str(folder)))  # kernels stay shared
+    return folder
 
 
 @pytest.fixture
@@ -134,12 +136,12 @@ def test_a_model(tmp_path, rng, form, tied):
     kinds = {name: weight.dtype for name, weight in model.parameters()}
     assert {kind for name, kind in kinds.items() if not name.endswith("norm.weight")} == {form}
     assert {kind for name, kind in kinds.items() if name.endswith("norm.weight")} == {"float32"}
-    # The same values as floats give the same up to the rounding of activations, and of a float16 cache.
-    for name, weight in list(plain.parameters()):
-        plain.set_parameter(name, ops.tensor(model_weight(model, name), weight.dtype))
+    # With the reference in the kernel's place only activations that lie between two codes may round otherwise.
     ids = rng.integers(0, 256, 20).tolist()
-    expected, given = plain(ids).numpy(), model(ids).numpy()
-    assert np.sqrt(np.mean((given - expected) ** 2) / np.mean(expected**2)) < 0.1
+    given = model(ids).numpy().copy()
+    with ops.linear.use(ops.linear.reference):
+        expected = model(ids).numpy()
+    assert np.sqrt(np.mean((given - expected) ** 2) / np.mean(expected**2)) < 0.03
     # Saved, its values are floats, which pack to what they were.
     again = llm.load(model.save(tmp_path / "saved"), weights=form)
     for name, weight in model.parameters():
