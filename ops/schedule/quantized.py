@@ -1,15 +1,16 @@
 """y = x @ weight.T on the CPU for packed weights: activations become int8 by groups, products are added up as integers.
 
-One kernel serves any number of tokens: a thread takes blocks of `lanes` weight rows, several streams of them at once,
-and goes through their records in the order of memory. A record is unpacked to registers and multiplied with all tokens
-at hand, a group of them at a time; the group's sum becomes a float and is added to the token's. All sums are in this
-order, so that a token's result is the same to the bit however many tokens come with it.
+One kernel serves any number of tokens: a thread takes two blocks of `lanes` weight rows at a time and goes through
+their records in the order of memory. A record is unpacked to registers and multiplied with all tokens at hand; the sum
+over the group becomes a float and is added to the token's. All sums are in this order, so that a token's result is the
+same to the bit however many tokens come with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,10 @@ from .flash import held
 from .vector import i64
 
 FEW = 16  # tokens, up to which reading the weight takes longer than multiplying it
-_ACTIVATIONS = 256 * 2**10  # bytes of quantised activations that stay in a core's second-level cache
+STREAMS = 2  # blocks of rows that a thread takes at a time: it reads memory slower with one, and with many
+MOST = 128  # tokens a tile, whose sums stay in the first-level cache
+AHEAD = 4096  # bytes between the record that is multiplied and the one that is fetched
+LINE = 64  # bytes of a cache line
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Product:
     """The product to compute: x [n, k] and y [n, rows] are buffers, `weight` is the bytes of a packed [rows, k].
 
     n lies in `low` to `high`, which is None when it has no bound. `epilogue(token, row, value)` is what y holds, as
-    float32, of a sum `value`.
+    float32, of a sum `value`. Where there is a `prologue`, x says only what its shape is: `prologue(token)` emits what
+    comes before a row of x, and gives its elements, as float32, by index.
     """
 
     x: Any
@@ -45,6 +50,7 @@ class Product:
     rows: int
     form: Format
     epilogue: Callable[[Any, Any, Any], Any]
+    prologue: Callable[[Any], Callable[[Any], Any]] | None = None
 
     @property
     def k(self) -> int:
@@ -67,66 +73,92 @@ class Product:
         return min(target.threads(), self.blocks) if self.low * self.rows * self.k >= PARALLEL_WORK else 1
 
     @property
-    def tile(self) -> int:
-        """How many tokens are multiplied with a record once it is unpacked, at the most."""
-        if self.high is not None and self.high <= FEW:
-            return self.high
-        return max(32, min(128, _ACTIVATIONS // self.k // 16 * 16))
+    def few(self) -> bool:
+        """Whether reading the weight takes longer than multiplying it."""
+        return self.high is not None and self.high <= FEW
 
     @property
-    def streams(self) -> int:
-        """Blocks of rows that a thread takes at a time. Memory is read fastest in several places at once."""
-        share = _ceil(self.blocks, self.threads)
-        if self.high is None or self.high > FEW:
-            return 1
-        return max((4, 3, 6, 2, 1), key=lambda s: share / _ceil(share, s) / s * (1 if s > 2 else 0.8))
+    def tile(self) -> int:
+        """How many tokens are multiplied with a record once it is unpacked, at the most."""
+        if self.few:
+            return self.high or 1
+        # As int8 they take half of the second-level cache.
+        return max(32, min(MOST, target.machine().l2 // 2 // self.k // 16 * 16))
+
+    @property
+    def together(self) -> int:
+        """How many blocks of rows meet a token at once, and share the loads of its activations."""
+        return STREAMS if target.registers() == 32 and self.high != 1 else 1
+
+    @property
+    def steps(self) -> int:
+        """How many times a thread takes blocks of rows."""
+        return _ceil(self.blocks, self.threads * STREAMS)
+
+    def block(self, thread: Any, step: Any, stream: int) -> Any:
+        """The block of rows that a thread takes in a step. There may be fewer of them."""
+        if self.few:  # far apart, as long runs through memory
+            return (thread * STREAMS + stream) * self.steps + step
+        return (thread * self.steps + step) * STREAMS + stream  # side by side, as whole cache lines of y
 
 
 def emit(p: Product) -> None:
     """The loops of `p`, for the body of a prim_func that IRBuilder makes."""
-    tiles = T.bind(_ceil(p.n, p.tile))
-    activations = Activations(p, tiles)
+    activations = Activations(p)
     activations.fill()
-    length = _ceil(p.blocks, p.threads * p.streams)
     with _loop(p.threads, p.threads > 1) as thread:
-        totals = T.alloc_buffer((p.streams * p.tile, p.lanes), "float32", scope="global")
-        with T.serial(i64(0), tiles) as tile:
-            count = i64(1) if p.high == 1 else T.bind(tirx.min(p.n - tile * p.tile, i64(p.tile)))
-            with T.serial(i64(0), i64(length)) as i:
-                blocks = [T.bind((thread * p.streams + s) * length + i) for s in range(p.streams)]
-                _multiply(p, activations, tile, count, blocks, totals)
-                for s, block in enumerate(blocks):
-                    _store(p, tile, count, block, s, totals)
+        totals = T.alloc_buffer((STREAMS * p.tile, p.lanes), "float32", scope="global")
+        with T.grid(activations.tiles, i64(p.steps)) as (tile, step):
+            blocks = [T.bind(p.block(thread, step, stream)) for stream in range(STREAMS)]
+            _multiply(p, activations, tile, blocks, totals)
+            for stream, block in enumerate(blocks):
+                _store(p, activations, tile, block, stream, totals)
 
 
-def _multiply(p: Product, activations: Activations, tile: Any, count: Any, blocks: list, totals: Any) -> None:
+def _multiply(p: Product, activations: Activations, tile: Any, blocks: list, totals: Any) -> None:
     """The sums of blocks of rows for the tokens of a tile."""
-    dot, lanes = Dot(target.machine(), p.form), p.lanes
-    with T.serial(i64(0), i64(p.streams)) as s, T.serial(i64(0), count) as m:
-        vector.store(totals, [s * p.tile + m, i64(0)], vector.zeros(lanes), lanes)
+    dot, count = Dot(target.machine(), p.form), activations.count(tile)
+    with T.grid(i64(STREAMS), count) as (stream, m):
+        vector.store(totals, [stream * p.tile + m, i64(0)], vector.zeros(p.lanes), p.lanes)
     first = [T.bind(tirx.min(block, i64(p.blocks - 1)) * p.groups) for block in blocks]
     with T.serial(i64(0), i64(p.groups)) as group:
-        for s, start in enumerate(first):
-            record = Record(p, dot, (start + group) * p.form.record(lanes))
+        for stream in range(0, STREAMS, p.together):
+            records = [Record(p, dot, each + group) for each in first[stream : stream + p.together]]
             with T.serial(i64(0), count) as m:
                 at = activations.at(tile, group, m)
-                product = dot.product(record.weights, activations.words(at), activations.start(at, lanes))
-                factor = record.scale * T.broadcast(activations.scales[at], lanes)
-                index = [s * p.tile + m, i64(0)]
-                total = vector.fma(product.astype(f"float32x{lanes}"), factor, vector.load(totals, index, lanes), lanes)
-                if record.minimum is not None and activations.sums is not None:
-                    total = vector.fma(record.minimum, T.broadcast(activations.sums[at], lanes), total, lanes)
-                vector.store(totals, index, total, lanes)
+                rows = [[(stream + i) * p.tile + m, i64(0)] for i in range(p.together)]
+                # All is computed before any is stored: after a store the activations would be loaded again.
+                words, start = activations.words(at), activations.start(at)
+                products = [held(dot.product(record.weights, words, start)) for record in records]
+                added = [
+                    held(_added(record, activations, at, product, vector.load(totals, row, p.lanes)))
+                    for record, product, row in zip(records, products, rows, strict=True)
+                ]
+                for row, total in zip(rows, added, strict=True):
+                    vector.store(totals, row, total, p.lanes)
+
+
+def _added(record: Record, activations: Activations, at: Any, product: Any, total: Any) -> Any:
+    """A token's total with a group's sum of products, int32, put to it."""
+    lanes = target.lanes()
+    factor = record.scale * T.broadcast(activations.scales[at], lanes)
+    total = vector.fma(product.astype(f"float32x{lanes}"), factor, total, lanes)
+    if record.minimum is None or activations.sums is None:
+        return total
+    return vector.fma(record.minimum, T.broadcast(activations.sums[at], lanes), total, lanes)
 
 
 class Record:
-    """The weights, scales and minima of a block of rows and a group, in registers."""
+    """The weights, scales and minima of record `index`, those of a block of rows and a group, in registers."""
 
-    def __init__(self, p: Product, dot: Dot, start: Any):
+    def __init__(self, p: Product, dot: Dot, index: Any):
         form, lanes = p.form, p.lanes
         size = 4 * lanes
         count = form.group // (4 * form.parts)
-        start = held(start)
+        start = held(index * form.record(lanes))
+        if p.high != 1:  # one token's loads come so fast that the processor runs ahead by itself, and does it better
+            for line in range(0, form.record(lanes), LINE):
+                vector.prefetch(p.weight, [start + i64(AHEAD + line)])
         words = [held(p.weight.vload([start + i64(size * i)], f"uint8x{size}")) for i in range(count)]
         self.weights = [held(dot.decode(each)) for each in dot.unpack(words)]
         bytes_a_scale = np.dtype(form.scale).itemsize
@@ -144,15 +176,18 @@ def _floats(source: Any, start: Any, dtype: str, lanes: int) -> tirx.Expr:
 
 
 class Activations:
-    """The tokens as int8, in the order in which the kernel reads them: tiles of tokens, groups, tokens, inputs.
+    """The tokens as int8, in the order in which the kernel reads them: `tiles` of tokens, groups, tokens, inputs.
 
     For each token and group: its scale, what the sum of products begins with, and, where the format has a minimum, the
     sum of the group's values.
     """
 
-    def __init__(self, p: Product, tiles: Any):
-        self.p, self.tiles = p, tiles
-        size = tiles * (p.groups * p.tile)
+    def __init__(self, p: Product):
+        self.p = p
+        self.tiles = i64(1) if p.few else T.bind(_ceil(p.n, p.tile))
+        # Tokens are shared out evenly: a weight is not read once more for one that is left over.
+        self.tokens = i64(p.tile) if p.few else T.bind(_ceil(p.n, tirx.max(self.tiles, i64(1))))
+        size = self.tiles * self.tokens * p.groups
         self.codes = T.alloc_buffer((size * p.form.group,), "int8", scope="global")
         self.scales = T.alloc_buffer((size,), "float32", scope="global")
         self.starts = T.alloc_buffer((size,), "int32", scope="global")
@@ -160,7 +195,11 @@ class Activations:
 
     def at(self, tile: Any, group: Any, m: Any) -> Any:
         """The index of a token's group."""
-        return T.bind((tile * self.p.groups + group) * self.p.tile + m)
+        return T.bind((tile * self.p.groups + group) * self.tokens + m)
+
+    def count(self, tile: Any) -> Any:
+        """How many tokens a tile has."""
+        return i64(1) if self.p.high == 1 else T.bind(tirx.min(self.p.n - tile * self.tokens, self.tokens))
 
     def words(self, at: Any) -> list:
         """The group's activations, four in an int32."""
@@ -169,19 +208,23 @@ class Activations:
             tirx.reinterpret("int32", self.codes.vload([at * group + i64(i)], "int8x4")) for i in range(0, group, 4)
         ]
 
-    def start(self, at: Any, lanes: int) -> Any:
-        return T.broadcast(self.starts[at], lanes)
+    def start(self, at: Any) -> Any:
+        return T.broadcast(self.starts[at], self.p.lanes)
 
     def fill(self) -> None:
         """Quantise all tokens."""
         p = self.p
-        parallel = p.low * p.k >= PARALLEL_WORK and target.threads() > 1
-        with (T.parallel if parallel else T.serial)(i64(0), p.n) as token:
-            tile, m = T.bind(token // i64(p.tile)), T.bind(token % i64(p.tile))
+        most = 4 * FEW if p.high is None else p.high
+        with _loop(p.n, most * p.k >= PARALLEL_WORK and p.threads > 1) as token:
+            tile, m = T.bind(token // self.tokens), T.bind(token % self.tokens)
+            element = p.prologue(token) if p.prologue else partial(self._element, token)
             with T.serial(i64(0), i64(p.groups)) as group:
-                self._quantize(token, group, self.at(tile, group, m))
+                self._quantize(element, group, self.at(tile, group, m))
 
-    def _quantize(self, token: Any, group: Any, at: Any) -> None:
+    def _element(self, token: Any, i: Any) -> Any:
+        return vector.widened(self.p.x[token, i], str(self.p.x.dtype))
+
+    def _quantize(self, element: Callable[[Any], Any], group: Any, at: Any) -> None:
         """As in `ops.quantize.quantize_activations`, to the bit."""
         p, size = self.p, self.p.form.group
         first = group * size
@@ -195,7 +238,7 @@ class Activations:
             with T.serial(i64(0), i64(size)) as i:
                 T.buffer_store(scratch, _f32(0), [i])
         with T.serial(i64(0), inside) as i:
-            T.buffer_store(scratch, vector.widened(p.x[token, first + i], str(p.x.dtype)), [i])
+            T.buffer_store(scratch, element(first + i), [i])
         with T.serial(i64(0), i64(size)) as i:
             # As integers, magnitudes are in order, and a NaN is above all of them.
             magnitude = tirx.reinterpret("int32", scratch[i]) & _i32(0x7FFFFFFF)
@@ -225,13 +268,21 @@ def _nearest(x: Any, factor: Any) -> Any:
     return ones.astype("int32")
 
 
-def _store(p: Product, tile: Any, count: Any, block: Any, s: int, totals: Any) -> None:
+def _store(p: Product, activations: Activations, tile: Any, block: Any, stream: int, totals: Any) -> None:
     """Rows of y of a block, where there is one."""
-    rows = i64(p.lanes) if p.rows % p.lanes == 0 else tirx.min(i64(p.rows) - block * p.lanes, i64(p.lanes))
-    with T.If(block < p.blocks), T.Then(), T.serial(i64(0), count) as m, T.serial(i64(0), rows) as r:
-        token, row = tile * p.tile + m, block * p.lanes + r
-        value = p.epilogue(token, row, totals[s * p.tile + m, r])
+    count, whole, rest = activations.count(tile), p.rows // p.lanes, p.rows % p.lanes
+
+    def store(m: Any, r: Any) -> None:
+        token, row = tile * activations.tokens + m, block * p.lanes + r
+        value = p.epilogue(token, row, totals[stream * p.tile + m, r])
         T.buffer_store(p.y, value.astype(p.y.dtype), [token, row])
+
+    if whole:
+        with T.If(block < whole), T.Then(), T.serial(i64(0), count) as m, T.vectorized(i64(0), i64(p.lanes)) as r:
+            store(m, r)
+    if rest:
+        with T.If(block == whole), T.Then(), T.grid(count, i64(rest)) as (m, r):
+            store(m, r)
 
 
 def _f32(value: float) -> tirx.Expr:
@@ -242,8 +293,8 @@ def _i32(value: int) -> tirx.Expr:
     return tirx.const(value, "int32")
 
 
-def _loop(count: int, parallel: bool) -> Any:
-    return (T.parallel if parallel else T.serial)(i64(0), i64(count))
+def _loop(count: Any, parallel: bool) -> Any:
+    return (T.parallel if parallel else T.serial)(i64(0), i64(count) if isinstance(count, int) else count)
 
 
 def _ceil(value: Any, divisor: int) -> Any:
