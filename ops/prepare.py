@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from .call import Call
 from .intercept import Interceptor, intercepted
 from .scope import Scope, current
 from .tensor import zeros
+
+_alone = threading.RLock()  # a dry run replaces what belongs to the process: one at a time
 
 
 class _DryRun(Interceptor):
@@ -42,12 +45,26 @@ def prepare(run: Callable[[], Any], progress: bool = True) -> int:
 
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[None]:
-    """No output, no `breakpoint()`, and no pass is counted."""
-    hook, sys.breakpointhook = sys.breakpointhook, lambda *_, **__: None
-    token = current.set(Scope("", 0))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        current.reset(token)
-        sys.breakpointhook = hook
+    """No output, no `breakpoint()`, and no pass is counted. Other threads notice nothing of it."""
+    with _alone:
+        hook, ours = sys.breakpointhook, threading.get_ident()
+        sys.breakpointhook = lambda *args, **kwargs: None if threading.get_ident() == ours else hook(*args, **kwargs)
+        token = current.set(Scope("", 0))
+        out, err = _deaf(sys.stdout), _deaf(sys.stderr)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                yield
+        finally:
+            current.reset(token)
+            sys.breakpointhook = hook
+
+
+def _deaf(stream: Any) -> Any:
+    """A stream that drops what the calling thread writes; to all others it is `stream`."""
+    ours, dropped = threading.get_ident(), io.StringIO()
+
+    class Deaf:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(dropped if threading.get_ident() == ours else stream, name)
+
+    return Deaf()
