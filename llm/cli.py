@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ops import OpError, store
+from ops import KernelError, OpError, store, target
 
 from .errors import UserError
 
@@ -49,11 +49,9 @@ Revision = Annotated[str | None, _option("--revision", metavar="REV", help="bran
 def settings() -> None:
     """Check what the environment says, so that a wrong value is one line and not a surprise later."""
     try:
-        store.kernels.limit(), store.weights.limit()
-    except OpError as error:
+        store.kernels.limit(), store.weights.limit(), target.machine(), target.threads()
+    except (OpError, KernelError) as error:
         raise UserError(str(error)) from None
-    if not (threads := os.environ.get("LIMPID_THREADS") or "1").isdecimal() or int(threads) < 1:
-        raise UserError(f"LIMPID_THREADS is {threads!r}, expected a number of threads, 1 or more")
 
 
 @app.command()
