@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 import ops
 from debug.tolerance import KERNEL, relative_error
-from ops.schedule import cpu
+from ops.schedule import cpu, flash, flash_decode
 from tests.ops.harness import DTYPE_NAMES, check, random
 
 LAYOUTS = {
@@ -101,6 +101,51 @@ def test_pieces_agree_with_the_whole(rng, variant):
 def test_long_decode_uses_all_threads_and_agrees(rng):
     layout = (8, 4, 64, 64)
     check(ops.attention, *inputs(rng, 1, layout, 4100, 4090), **constants(layout))
+
+
+@pytest.mark.parametrize("cache", ["float16", "float32"])
+@pytest.mark.parametrize("layout", [(8, 4, 64, 64), (32, 8, 64, 64), (6, 2, 32, 48)])
+def test_decode_around_the_edges_of_blocks_and_parts(rng, layout, cache):
+    enough = flash_decode.PARALLEL_WORK // (layout[0] * (layout[2] + layout[3]))  # keys that are taken in parts
+    edges = [flash.KEYS, flash.KEYS * flash_decode.PARTS, enough, enough + flash.KEYS * flash_decode.PARTS]
+    for length in [1, *(edge + aside for edge in edges for aside in (-1, 0, 1, 2))]:
+        args = inputs(rng, 1, layout, length + 3, length - 1, cache=cache, sinks=True)
+        check(ops.attention, *args, **constants(layout))
+    check(
+        ops.attention, *inputs(rng, 1, layout, 2 * enough, 2 * enough - 1, cache=cache), **constants(layout, enough + 5)
+    )
+
+
+@pytest.mark.parametrize("cache", ["float16", "float32"])
+def test_prompts_around_the_edges_of_blocks(rng, cache):
+    for n in (63, 64, 65, 511, 512, 513):
+        args = inputs(rng, n, (4, 2, 32, 32), n + 20, 7, cache=cache, sinks=True)
+        check(ops.attention, *args, **constants((4, 2, 32, 32)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n, t", [(1, 9), (20, 60), (1, 1500)])
+def test_values_that_are_not_finite(rng, bad, n, t):
+    for which in range(3):
+        arrays = inputs(rng, n, (4, 2, 32, 32), t, t - n)
+        arrays[which][0, 1, 5] = bad
+        with np.errstate(invalid="ignore"):
+            check(ops.attention, *arrays, **constants((4, 2, 32, 32)))
+
+
+def test_decode_does_not_depend_on_the_threads(rng):
+    arrays = inputs(rng, 1, (32, 8, 64, 64), 700, 690, cache="float16")
+    build = ops.attention._request(tuple(map(ops.tensor, arrays)), constants((32, 8, 64, 64)))
+    results = []
+    for threads in ("1", "2", "5", "8", "32"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops.target, "threads", lambda threads=threads: int(threads))
+            run = ops.build.compiled(build.scheduled(), "attention")
+        out = ops.zeros((1, 32, 64))
+        run(*[ops.tensor(each).buffer.data for each in arrays], out.buffer.data)
+        results.append(out.numpy().copy())
+    for each in results[1:]:
+        assert np.array_equal(each, results[0])
 
 
 @pytest.mark.parametrize("n", [1, 4])
