@@ -63,10 +63,11 @@ def _(x, weight, bias, out):
             token, row, r = at
             return total + tir.f32(X[token, r]) * tir.f32(W[row, r])
 
-        if weight.format is None:
-            sums = tir.folded("dot", (n, rows, k), tir.f32(0.0), dot)
-        else:
-            sums = packed.product(X, n, packed.Weight(W, weight))
+        with tir.part("product", weight.dtype):
+            if weight.format is None:
+                sums = tir.folded("dot", (n, rows, k), tir.f32(0.0), dot)
+            else:
+                sums = packed.product(X, n, packed.Weight(W, weight))
         with tir.block("bias", (n, rows)) as (token, row):
             value = sums[token, row] if B is None else sums[token, row] + tir.f32(B[row])
             T.buffer_store(Y, value.astype(out.dtype), [token, row])

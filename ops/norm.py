@@ -47,7 +47,7 @@ def _(x, weight, out, *, eps, plus_one):
         X = T.match_buffer(x_, (n, width), dtype, align=x.itemsize)
         W = T.match_buffer(weight_, (width,), weight.dtype, align=weight.itemsize)
         Y = T.match_buffer(out_, (n, width), dtype, align=out.itemsize)
-        total = T.alloc_buffer((n,), "float32")
+        total = T.sblock_alloc_buffer((n,), "float32")
         for i, k in T.grid(n, width):
             with T.sblock("sum_of_squares"):
                 vi, vk = T.axis.remap("SR", [i, k])

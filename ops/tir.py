@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import tvm
@@ -34,6 +35,19 @@ _ERFC = (
 )
 
 
+_part: ContextVar[dict[str, str] | None] = ContextVar("part", default=None)
+
+
+@contextmanager
+def part(name: str, kind: str) -> Iterator[None]:
+    """In an IRBuilder: blocks made in the `with` are annotated as this `kind` of a part that a schedule looks for."""
+    token = _part.set({name: kind})
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
 @contextmanager
 def block(name: str, shape: Sequence[Any], reduces: bool = False) -> Iterator[tuple]:
     """In an IRBuilder: a block in a loop nest over `shape`. Gives its axes; the last one may be a reduction."""
@@ -44,6 +58,8 @@ def block(name: str, shape: Sequence[Any], reduces: bool = False) -> Iterator[tu
         for i, (loop, axis) in enumerate(zip(loops, axes, strict=True)):
             IRBuilder.name(f"i{i}", loop)
             IRBuilder.name(f"v{i}", axis)
+        if marks := _part.get():
+            T.sblock_attr(marks)
         yield axes
 
 
@@ -139,7 +155,7 @@ def _tanh(x: tirx.Expr) -> tirx.Expr:
 
 def normal_cdf(x: tirx.Expr) -> tirx.Expr:
     """(1 + erf(x / sqrt(2))) / 2 within 3e-7 absolute; relative, 2e-6 for x > -5 and 2e-5 for x > -13."""
-    z = tirx.abs(x) * _like(x, math.sqrt(0.5))
+    z = tirx.max(x, -x) * _like(x, math.sqrt(0.5))  # |x|, for which TVM's C has no function
     t = _like(x, 1.0) / (_like(x, 1.0) + _like(x, _ERFC_STEP) * z)
     half = _like(x, 0.5) * t * polynomial(t, _ERFC) * exp(-z * z)
     return tirx.Select(x > _like(x, 0.0), _like(x, 1.0) - half, half)
