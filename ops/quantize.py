@@ -26,7 +26,10 @@ class Format:
     """value = scale * (code - offset), or scale * levels[code]; plus the group's minimum where there is one.
 
     A group is `group` neighbouring inputs of one weight row, which share a scale of dtype `scale`. Codes take `bits`
-    bits (2, 4 or 8).
+    bits (2, 4 or 8), and all that they stand for fits a signed byte.
+
+    Formats of other runtimes are descriptions too, their values kept exactly: larger groups (AWQ, GPTQ: 128) repeat
+    their scale, products of scales (Q4_K, Q6_K) and powers of two (MXFP4) become float32, codes of 6 bits take 8.
     """
 
     name: str
@@ -43,8 +46,11 @@ class Format:
                 f"format {self.name}: bits is {self.bits} and group {self.group}; expected 2, 4 or 8 bits and a "
                 f"multiple of {_WORD * 8 // max(self.bits, 1)}, at most 32"
             )
-        if self.levels is not None and len(self.levels) != 2**self.bits:
-            raise DTypeError(f"format {self.name} has {len(self.levels)} levels, expected {2**self.bits}")
+        if self.levels is not None and (self.bits == 8 or len(self.levels) != 2**self.bits):
+            raise DTypeError(f"format {self.name} has {len(self.levels)} levels; expected one a code, of 2 or 4 bits")
+        if self.values.min() < -128 or self.values.max() > 127:
+            low, high = self.values.min(), self.values.max()
+            raise DTypeError(f"format {self.name}: codes stand for {low} to {high}, expected -128 to 127")
 
     @property
     def parts(self) -> int:

@@ -1,6 +1,6 @@
 """y = x @ weight.T on the CPU for packed weights: activations become int8 by groups, products are added up as integers.
 
-One kernel serves any number of tokens: a thread takes two blocks of `lanes` weight rows at a time and goes through
+One kernel serves any number of tokens: a thread takes a few blocks of `lanes` weight rows at a time and goes through
 their records in the order of memory. A record is unpacked to registers and multiplied with all tokens at hand; the sum
 over the group becomes a float and is added to the token's. All sums are in this order, so that a token's result is the
 same to the bit however many tokens come with it.
@@ -26,7 +26,8 @@ from .flash import held
 from .vector import i64
 
 FEW = 16  # tokens, up to which reading the weight takes longer than multiplying it
-STREAMS = 2  # blocks of rows that a thread takes at a time: it reads memory slower with one, and with many
+STREAMS = 2  # blocks of rows that a thread takes at a time
+STREAMS_OF_ONE = 4  # the same for one token, which waits for memory alone: it is read slower with fewer, and with more
 MOST = 128  # tokens a tile, whose sums stay in the first-level cache
 AHEAD = 4096  # bytes between the record that is multiplied and the one that is fetched
 LINE = 64  # bytes of a cache line
@@ -91,15 +92,20 @@ class Product:
         return STREAMS if target.registers() == 32 and self.high != 1 else 1
 
     @property
+    def streams(self) -> int:
+        """How many blocks of rows a thread takes at a time."""
+        return STREAMS_OF_ONE if self.high == 1 else STREAMS
+
+    @property
     def steps(self) -> int:
         """How many times a thread takes blocks of rows."""
-        return _ceil(self.blocks, self.threads * STREAMS)
+        return _ceil(self.blocks, self.threads * self.streams)
 
     def block(self, thread: Any, step: Any, stream: int) -> Any:
         """The block of rows that a thread takes in a step. There may be fewer of them."""
         if self.few:  # far apart, as long runs through memory
-            return (thread * STREAMS + stream) * self.steps + step
-        return (thread * self.steps + step) * STREAMS + stream  # side by side, as whole cache lines of y
+            return (thread * self.streams + stream) * self.steps + step
+        return (thread * self.steps + step) * self.streams + stream  # side by side, as whole cache lines of y
 
 
 def emit(p: Product) -> None:
@@ -107,9 +113,9 @@ def emit(p: Product) -> None:
     activations = Activations(p)
     activations.fill()
     with _loop(p.threads, p.threads > 1) as thread:
-        totals = T.alloc_buffer((STREAMS * p.tile, p.lanes), "float32", scope="global")
+        totals = T.alloc_buffer((p.streams * p.tile, p.lanes), "float32", scope="global")
         with T.grid(activations.tiles, i64(p.steps)) as (tile, step):
-            blocks = [T.bind(p.block(thread, step, stream)) for stream in range(STREAMS)]
+            blocks = [T.bind(p.block(thread, step, stream)) for stream in range(p.streams)]
             _multiply(p, activations, tile, blocks, totals)
             for stream, block in enumerate(blocks):
                 _store(p, activations, tile, block, stream, totals)
@@ -118,11 +124,11 @@ def emit(p: Product) -> None:
 def _multiply(p: Product, activations: Activations, tile: Any, blocks: list, totals: Any) -> None:
     """The sums of blocks of rows for the tokens of a tile."""
     dot, count = Dot(target.machine(), p.form), activations.count(tile)
-    with T.grid(i64(STREAMS), count) as (stream, m):
+    with T.grid(i64(p.streams), count) as (stream, m):
         vector.store(totals, [stream * p.tile + m, i64(0)], vector.zeros(p.lanes), p.lanes)
     first = [T.bind(tirx.min(block, i64(p.blocks - 1)) * p.groups) for block in blocks]
     with T.serial(i64(0), i64(p.groups)) as group:
-        for stream in range(0, STREAMS, p.together):
+        for stream in range(0, p.streams, p.together):
             records = [Record(p, dot, each + group) for each in first[stream : stream + p.together]]
             with T.serial(i64(0), count) as m:
                 at = activations.at(tile, group, m)

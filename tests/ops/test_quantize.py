@@ -17,13 +17,11 @@ FORMS = {
     **FORMATS,
     "q2": Format("q2", bits=2, group=16, minimum=True, scale="float32"),
     "q4m": Format("q4m", bits=4, minimum=True),
+    "q6_k": Format("q6_k", bits=8, group=16, offset=128, scale="float32"),  # GGUF's, as its values are held
+    "mxfp4": Format("mxfp4", bits=4, levels=(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), scale="float32"),
     "table": Format("table", bits=4, levels=(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)),
 }
-NEEDED = {
-    "portable": "sse2", "avx2": "avx2", "avx-vnni": "avxvnni", "avx512": "avx512bw", "avx512-vnni": "avx512vnni",
-    "neon": "neon", "neon-dotprod": "dotprod", "neon-i8mm": "i8mm",
-}  # fmt: skip
-RUNS_HERE = ["native", *(name for name, feature in NEEDED.items() if feature in target.features())]
+RUNS_HERE = ["native", *(name for name, each in target.MACHINES.items() if each.needs <= target.features())]
 
 
 def machine(name):
@@ -125,5 +123,9 @@ def test_what_cannot_be_packed_is_refused():
         quantize.pack(np.zeros(32, "float32"), "q4")
     with pytest.raises(DTypeError, match="expected 2, 4 or 8 bits"):
         Format("q3", bits=3)
-    with pytest.raises(DTypeError, match="expected 16"):
-        Format("short", bits=4, levels=(0, 1))
+    for bits in (4, 8):
+        with pytest.raises(DTypeError, match="expected one a code, of 2 or 4 bits"):
+            Format("levels", bits=bits, levels=(0,) * (2 if bits == 4 else 256))
+    for wide in ({"bits": 8}, {"bits": 8, "offset": 256}, {"bits": 2, "levels": (0, 1, 2, 300)}):
+        with pytest.raises(DTypeError, match="expected -128 to 127"):
+            Format("wide", **wide)
