@@ -30,8 +30,9 @@ class Machine:
     """An instruction set. `lanes` float32 values fit in a vector register, of which there are `registers`.
 
     `dot` is how bytes are multiplied and added up: "vnni" (vpdpbusd), "maddubs" (vpmaddubsw), "sdot" and "usdot"
-    (NEON dotprod and i8mm), "smull" (NEON), or "portable", without an instruction of its own. `bf16` says whether
-    there is a dot product of bfloat16 pairs. Caches are in bytes: of a core, `l3` of all of them.
+    (NEON dotprod and i8mm), "smull" (NEON), or "portable", without an instruction of its own. `needs` are the features
+    by LLVM's names that its kernels cannot do without. `bf16` says whether there is a dot product of bfloat16 pairs.
+    Caches are in bytes: of a core, `l3` of all of them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Machine:
     lanes: int
     registers: int
     dot: str
+    needs: frozenset[str] = frozenset()
     bf16: bool = False
     l1: int = 32 * 2**10
     l2: int = 1024 * 2**10
@@ -63,19 +65,28 @@ def _arm(*more: str) -> dict[str, Any]:
     return {"mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon", *more]}
 
 
+_AVX2 = frozenset({"avx2", "fma"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+_VNNI = _AVX512 | {"avx512vnni"}
+_NEON = frozenset({"neon"})
 MACHINES: dict[str, Machine] = {
     each.name: each
     for each in (
-        Machine("portable", _x86("x86-64"), 4, 16, "portable"),
-        Machine("avx2", _x86("x86-64-v3"), 8, 16, "maddubs"),
-        Machine("avx-vnni", _x86("x86-64-v3", "+avxvnni"), 8, 16, "vnni"),
-        Machine("avx512", _x86("x86-64-v4"), 16, 32, "maddubs"),
-        Machine("avx512-vnni", _x86("x86-64-v4", "+avx512vnni"), 16, 32, "vnni"),
-        Machine("neon", _arm(), 4, 32, "smull"),
-        Machine("neon-dotprod", _arm("+dotprod"), 4, 32, "sdot"),
-        Machine("neon-i8mm", _arm("+dotprod", "+i8mm"), 4, 32, "usdot"),
+        Machine("portable", _x86("x86-64"), 4, 16, "portable", frozenset({"sse2"})),
+        Machine("avx2", _x86("x86-64-v3"), 8, 16, "maddubs", _AVX2),
+        Machine("avx-vnni", _x86("x86-64-v3", "+avxvnni"), 8, 16, "vnni", _AVX2 | {"avxvnni"}),
+        Machine("avx512", _x86("x86-64-v4"), 16, 32, "maddubs", _AVX512),
+        Machine("avx512-vnni", _x86("x86-64-v4", "+avx512vnni"), 16, 32, "vnni", _VNNI),
+        Machine(
+            "avx512-bf16", _x86("x86-64-v4", "+avx512vnni", "+avx512bf16"), 16, 32, "vnni", _VNNI | {"avx512bf16"}, True
+        ),
+        Machine("neon", _arm(), 4, 32, "smull", _NEON),
+        Machine("neon-dotprod", _arm("+dotprod"), 4, 32, "sdot", _NEON | {"dotprod"}),
+        Machine("neon-i8mm", _arm("+dotprod", "+i8mm"), 4, 32, "usdot", _NEON | {"dotprod", "i8mm"}),
     )
 }
+_USED = frozenset().union(*(each.needs for each in MACHINES.values()))
+_LINUX = {"neon": "asimd", "dotprod": "asimddp"}  # Linux's names for what it calls otherwise than LLVM
 _chosen: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("machine", default=None)
 
 
@@ -102,19 +113,35 @@ def _default() -> Machine:
         return _native()
     if named not in MACHINES:
         raise KernelError(f"LIMPID_CPU is {named!r}, expected native, {', '.join(MACHINES)}")
+    if missing := MACHINES[named].needs - _native().features:
+        raise KernelError(f"LIMPID_CPU is {named!r}, and this processor has no {', '.join(sorted(missing))}")
     return MACHINES[named]
 
 
 def _native() -> Machine:
-    """The processor at hand."""
-    llvm = {"mcpu": codegen.llvm_get_system_cpu()}
+    """The processor at hand. LLVM knows it by its name: what a hypervisor hides of it is taken away."""
+    llvm: dict[str, Any] = {"mcpu": codegen.llvm_get_system_cpu()}
+    hidden = sorted(_USED & Machine("native", llvm, 4, 16, "portable").features - _flags())
+    if hidden:
+        llvm["mattr"] = [f"-{feature}" for feature in hidden]
     have = Machine("native", llvm, 4, 16, "portable").features
     dots = {"avx512vnni": "vnni", "avxvnni": "vnni", "avx2": "maddubs", "i8mm": "usdot", "dotprod": "sdot"}
     dot = next((name for feature, name in dots.items() if feature in have), "smull" if "neon" in have else "portable")
     lanes = 16 if "avx512bw" in have else 8 if "avx2" in have else 4
     caches = {f"l{level}": size for level, size in _caches().items()}
     registers = 32 if lanes == 16 or "neon" in have else 16
-    return Machine("native", llvm, lanes, registers, dot, "avx512bf16" in have, **caches)
+    return Machine("native", llvm, lanes, registers, dot, _USED & have, "avx512bf16" in have, **caches)
+
+
+def _flags() -> frozenset[str]:
+    """Which of the features that schedules use Linux says the processor has; all of them where it says nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return _USED
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    flags = {flag.replace("_", "") for flag in line.partition(":")[2].split()}
+    return frozenset(feature for feature in _USED if _LINUX.get(feature, feature) in flags) if flags else _USED
 
 
 def _caches() -> dict[int, int]:
