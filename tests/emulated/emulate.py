@@ -59,8 +59,8 @@ class Emulator(ops.Interceptor):
     def call(self, call: ops.Call, launch: Callable[[ops.Call], Any]) -> Any:
         outputs = tuple(ops.empty(spec.shape, spec.dtype) for spec in call.outputs)
         request = call.op.plan(call.args, call.constants).request()
-        given = [each for each in (*call.args, *outputs) if each is not None]
-        self.run(request.key, request.scheduled, [_array(each) if isinstance(each, ops.Tensor) else each for each in given])
+        given = [_memory(each) for each in (*call.args, *outputs) if each is not None]
+        self.run(request.key, request.scheduled, given)
         return outputs[0] if len(outputs) == 1 else outputs or None
 
     def run(self, key: str, primfunc: Callable[[], Any], arguments: list) -> None:
@@ -74,7 +74,7 @@ class Emulator(ops.Interceptor):
         arrays = _write(file, arguments)
         emulator = _installed(f"qemu-{self.architecture}")
         command = [emulator, "-cpu", self.cpu, str(self._programs[key]), str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, cwd=self.folder)
         if done.returncode == 1:
             raise ops.KernelError(done.stderr.strip())
         if done.returncode != 0:
@@ -84,22 +84,23 @@ class Emulator(ops.Interceptor):
     def machine_code(self, primfunc: Any) -> Path:
         """An object file of a PrimFunc, compiled for the machine."""
         path = self.folder / "kernel.o"
-        with target.building_for(self.machine):
-            tvm.compile(primfunc.with_attr("global_symbol", "kernel"), target=target.host()).mod.write_to_file(str(path))
+        compiled = tvm.compile(primfunc.with_attr("global_symbol", "kernel"), target=self.machine.target)
+        compiled.mod.write_to_file(str(path))
         return path
 
     def _program(self, name: str, primfunc: Any) -> Path:
         path = self.folder / name
-        objects = [str(_runtime(self.architecture, self.folder)), str(self.machine_code(primfunc))]
-        _done(_compiler(self.architecture), "-static", *objects, "-Wl,--defsym=kernel=__tvm_ffi_kernel", "-lm", "-o", path)
+        objects = _runtime(self.architecture, self.folder), self.machine_code(primfunc)
+        named = "-Wl,--defsym=kernel=__tvm_ffi_kernel"
+        _done(_compiler(self.architecture), "-static", *objects, named, "-lm", "-o", path)
         return path
 
 
 def disassembly(machine_code: Path, architecture: str) -> list[tuple[bytes, str]]:
     """The instructions of an object file: bytes and text, such as (b"...", "vpdpbusd %zmm1,%zmm2,%zmm3")."""
     listing = _done(_installed(f"{architecture}-linux-gnu-objdump"), "-d", "-w", machine_code)
-    lines = [line.split("\t") for line in listing.splitlines()]
-    return [(bytes.fromhex(line[1].replace(" ", "")), " ".join(line[2].split())) for line in lines if len(line) > 2]
+    lines = [line.split("\t", 2) for line in listing.splitlines()]  # the address, the bytes, the text
+    return [(bytes.fromhex(line[1].replace(" ", "")), " ".join(line[2].split())) for line in lines if len(line) == 3]
 
 
 @functools.cache
@@ -133,9 +134,11 @@ def _done(*command: Any) -> str:
     return done.stdout
 
 
-def _array(tensor: ops.Tensor) -> np.ndarray:
-    """A tensor's memory; of a packed weight its bytes."""
-    return np.from_dlpack(tensor.buffer.data) if tensor.dtype in ops.quantize.FORMATS else tensor.numpy()
+def _memory(value: Any) -> Any:
+    """A tensor's memory, of a packed weight its bytes; a number as it is."""
+    if not isinstance(value, ops.Tensor):
+        return value
+    return value.numpy() if value.spec.format is None else np.from_dlpack(value.buffer.data)
 
 
 def _write(file: Path, arguments: list) -> list[np.ndarray]:

