@@ -117,7 +117,7 @@ def _runtime_type(spec: Spec) -> tuple:
 
 def huge(nbytes: int) -> np.ndarray:
     """Zeros, uint8 [nbytes], outside the pool, in pages of 2 MiB where the system gives them."""
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    memory = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no such pages
     if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 2**21:
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -77,17 +77,29 @@ def _siblings(cpu: int) -> frozenset[int]:
 
 
 def _quota() -> float:
-    """CPUs' worth of time that the control groups around this process (version 2) leave it, or infinity."""
+    """CPUs' worth of time that the control groups around this process, of either version, leave it, or infinity."""
     try:
-        path = next(line[3:] for line in _CGROUP.read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
+        lines = [line.split(":", 2) for line in _CGROUP.read_text().splitlines()]
+    except OSError:
         return float("inf")
-    group, shares = _CGROUPS / path.lstrip("/"), [float("inf")]
-    for folder in (group, *group.parents):
-        with contextlib.suppress(OSError, ValueError):  # the root has no such file, and "max" is no number
-            quota, period = (folder / "cpu.max").read_text().split()
-            shares.append(int(quota) / int(period))
+    shares = [float("inf")]
+    for _, controllers, path in lines:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        group = _CGROUPS / controllers / path.lstrip("/")  # of version 2, whose line names no controllers, the root
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # the root has no such file, and "max" is no number
+                quota, period = _limit(folder, version=1 if controllers else 2)
+                shares += [quota / period] if quota > 0 else []
     return min(shares)
+
+
+def _limit(group: Path, version: int) -> tuple[int, int]:
+    """Microseconds of processor time that a control group has in a period of so many; -1 when it is not limited."""
+    if version == 1:
+        return tuple(int((group / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))  # type: ignore
+    quota, period = (group / "cpu.max").read_text().split()
+    return int(quota), int(period)
 
 
 def settle() -> None:

@@ -1,6 +1,7 @@
 """The same seed gives the same text, every time, whatever else ran before and however many threads share the work.
 
-Threads share rows and heads, never a sum: what one output is made of is added up in one order.
+Threads share rows, heads, and parts of the keys whose number does not depend on them: what one output is made of is
+added up in one order.
 """
 
 import hashlib

@@ -1,13 +1,18 @@
 """What memory a model takes once it runs."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import ops
 
 from .test_determinism import FORMS, made
+
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES = _SETTING.read_text() if _SETTING.exists() else "[never]"
 
 
 def allocations() -> int:
@@ -28,6 +33,17 @@ def test_a_warm_decode_step_allocates_nothing(form, seed):
     assert (cache.capacity, len(cache)) == (capacity, 103)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 40, "logprobs": 3}, {"repetition_penalty": 1.2}])
+def test_a_warm_generation_allocates_nothing(options, seed):
+    model = made("q4", seed)
+    prompt = list(range(70))
+    model.generate(prompt, max_tokens=3, **options)
+    stream, counts = model.stream(prompt, max_tokens=40, **options), []
+    for _ in stream:
+        counts.append(allocations())
+    assert len(stream.tokens) > 20 and len({*counts[2:]}) == 1
+
+
 def test_a_step_that_keeps_its_logits_takes_memory_for_them(seed):
     """The counter counts."""
     model = made("float32", seed)
@@ -37,6 +53,23 @@ def test_a_step_that_keeps_its_logits_takes_memory_for_them(seed):
         model([token], cache, logits_to_keep=1)
     before, kept = allocations(), [model([token], cache, logits_to_keep=1) for token in range(10)]
     assert len(kept) - 1 <= allocations() - before <= len(kept)  # one buffer may wait in the pool
+
+
+@pytest.mark.skipif("[never]" in _HUGE_PAGES, reason="this system gives no pages of 2 MiB")
+def test_packed_weights_lie_in_large_pages():
+    memory = ops.memory.huge(32 * 2**20)
+    memory[:] = 1
+    with open("/proc/self/smaps") as file:
+        maps = file.read().split("VmFlags")
+    address = memory.ctypes.data
+    here = next(each for each in maps if _covers(each.splitlines(), address))
+    assert int(re.search(r"AnonHugePages: +(\d+) kB", here)[1]) >= 16 * 1024
+
+
+def _covers(lines: list[str], address: int) -> bool:
+    """Whether a block of smaps is of the mapping that holds the address."""
+    found = next((re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line) for line in lines if re.match(r"[0-9a-f]+-", line)), None)
+    return found is not None and int(found[1], 16) <= address < int(found[2], 16)
 
 
 def test_peak_memory_sees_what_was_there_for_a_moment():

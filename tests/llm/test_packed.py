@@ -10,7 +10,7 @@ import pytest
 import llm
 import ops
 from llm.errors import CheckpointError
-from llm.weights import write_file
+from llm.weights import packed, write_file
 from llm.weights.packed import pack_all
 from ops import quantize, store
 from ops.quantize import FORMATS
@@ -57,6 +57,16 @@ def test_packed_once_then_mapped(checkpoint, packings, cache):
         assert np.array_equal(first[name].numpy(), again[name].numpy())
     (entry,) = store.weights.entries()
     assert entry.what.startswith("q4 of ") and store.weights.clear() == 1 and not list(cache.iterdir())
+
+
+def test_packing_shows_its_progress(checkpoint, monkeypatch):
+    shown = []
+    monkeypatch.setattr(packed, "tracked", lambda items, what, **more: (shown.append((what, more)), items)[1])
+    arrays, files = checkpoint
+    pack_all(wanted(), arrays, files, progress=True)
+    monkeypatch.setattr(packed, "_SHOWN", 0)
+    pack_all(wanted("q8"), arrays, files, progress=True)
+    assert shown == [("Packing weights", {"total": 2, "shown": False}), ("Packing weights", {"total": 2, "shown": True})]
 
 
 def test_other_content_format_or_machine_is_packed_anew(checkpoint, packings):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ops
+from ops.quantize import FORMATS
 
 from . import small
 
@@ -54,11 +55,21 @@ def tell(model: Any, seed: int, cache: Any = None) -> list[tuple[list[int], list
     return made
 
 
-@pytest.fixture(params=ops.spec.FLOATS)
+@pytest.fixture(params=(*ops.spec.FLOATS, *FORMATS))
 def models(request, rng) -> list[Any]:
-    """Two of the same shapes, so that they share kernels and buffers, and one whose kernels run on all threads."""
+    """Two of the same shapes, so that they share kernels and buffers, and one whose kernels run on all threads.
+
+    Packed ones have a float16 cache.
+    """
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
-    return [small.model(rng, request.param) for _ in range(2)] + [small.model(rng, request.param, **wide)]
+    dtype = request.param if request.param in ops.spec.FLOATS else "float32"
+    models = [small.model(rng, dtype) for _ in range(2)] + [small.model(rng, dtype, **wide)]
+    for model in models if request.param in FORMATS else ():
+        model.cache_dtype = "float16"
+        for name, weight in list(model.parameters()):
+            if weight.ndim == 2:
+                model.set_parameter(name, ops.tensor(weight, request.param))
+    return models
 
 
 def test_models_at_once_say_what_they_say_alone(models, rng):

@@ -32,6 +32,8 @@ HOLDERS = {
     "view": lambda x: x[3:7],
     "view of a view": lambda x: x[3:].reshape(-1)[5:9],
     "reshaped": lambda x: x.reshape(-1),
+    "numpy of a reshaped": lambda x: x.reshape(-1).numpy(),
+    "dlpack of what was reshaped twice": lambda x: np.from_dlpack(x.reshape(-1).reshape(31, 29)),
     "numpy": lambda x: x.numpy(),
     "slice of numpy": lambda x: x.numpy()[::3, 1:],
     "asarray": lambda x: np.asarray(x),
@@ -66,6 +68,23 @@ def test_memory_that_is_still_referred_to_is_not_reused(holder):
     gc.collect()
     churn()
     assert (values_of(held) == 0).all()
+
+
+def test_a_buffer_is_reshaped_once():
+    x = ops.zeros(SHAPE)
+    flat = x.reshape(-1)
+    seen = flat.buffer
+    assert x.reshape(-1).buffer is seen
+    del flat
+    x = ops.neg(x)  # whose kernel is ready now
+    x.reshape(-1)
+    buffer = x.buffer
+    del x
+    again = ops.empty(SHAPE)
+    assert again.buffer is buffer
+    assert len(buffer.views) == 1
+    again.numpy()[...] = 3
+    assert (again.reshape(-1).numpy() == 3).all()
 
 
 @pytest.mark.parametrize("holder", [name for name in HOLDERS if name != "dlpack capsule"])

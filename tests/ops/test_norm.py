@@ -60,3 +60,14 @@ def test_layer_norm_refuses_other_shapes(x, weight, bias, error, message):
 def test_layer_norm_refuses_integers():
     with pytest.raises(ops.DTypeError, match=r"layer_norm: bias is int32\[8\], expected float32"):
         ops.layer_norm(ops.zeros((2, 8)), ops.zeros(8), ops.zeros(8, "int32"), eps=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_harms_no_other(rng, bad):
+    for n in (1, 20):
+        x, weight = random(rng, (n, 40), "float32"), random(rng, (40,), "float32")
+        x[-1, 7] = bad
+        with np.errstate(invalid="ignore"):
+            for norm in (ops.rms_norm, ops.layer_norm):
+                result = check(norm, x, weight, eps=1e-5).numpy()
+                assert np.isfinite(result[:-1]).all() and not np.isfinite(result[-1]).all()

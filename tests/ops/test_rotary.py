@@ -89,3 +89,13 @@ def test_rope_refuses_what_does_not_fit(rng):
         ops.rope(x, ops.empty(3, "int64"), frequencies)
     with pytest.raises(ops.ShapeError, match=r"x is float32\[3, 16\], expected \[n, heads, dim\]"):
         ops.rope(x.reshape(3, 16), positions, frequencies)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_head_that_is_not_finite_harms_no_other(rng, bad):
+    for n in (1, 20):
+        x, positions, frequencies = inputs(rng, n, 3, 20, 5)
+        x[-1, 1, 2] = bad
+        with np.errstate(invalid="ignore"):
+            result = check(ops.rope, x, positions, frequencies).numpy()
+        assert np.isfinite(result[:, [0, 2]]).all() and not np.isfinite(result[-1, 1]).all()

@@ -104,6 +104,21 @@ def test_the_quota_of_a_control_group(machine, limits, wanted):
     assert threads.available() == wanted
 
 
+@pytest.mark.parametrize(
+    ("quotas", "wanted"), [({}, 6), ({"a/b": 250000}, 2), ({"a/b": -1, "a": 300000}, 3), ({"": -1}, 6)]
+)
+@pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct"])
+def test_the_quota_of_a_control_group_of_version_1(machine, tmp_path, controllers, quotas, wanted):
+    machine({cpu: str(cpu) for cpu in range(6)})
+    (tmp_path / "cgroup").write_text(f"4:memory:/m\n1:{controllers}:/a/b\n0::/\n")
+    for path, quota in quotas.items():
+        folder = tmp_path / "groups" / controllers / path
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+    assert threads.available() == wanted
+
+
 def test_without_control_groups(machine):
     machine({0: "0", 1: "1"}, _="100000 100000")
     assert threads.available() == 2
