@@ -15,7 +15,7 @@ SHORT = {"f16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 BITS = {"q4": 4.5, "q8": 8.5, "float16": 16, "bfloat16": 16, "float32": 32}
 STEPS, PROMPT, LONG = 24, 512, 1024
 TESTS: dict[str, dict[str, Any]] = {
-    "decode": {"test": "decode", "context": 16, "steps": STEPS},
+    "decode": {"test": "decode", "context": 1, "steps": STEPS},
     "decode-1024": {"test": "decode", "context": LONG, "steps": STEPS},
     "prefill": {"test": "prefill", "prompt": PROMPT},
     "gemm": {"test": "gemm", "rows": 512, "inputs": 2048, "outputs": 2048},

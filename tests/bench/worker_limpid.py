@@ -20,6 +20,8 @@ from ops.op import Plan, registry
 
 from .worker import WARM, serve, timed, tokens
 
+_LARGE = ("linear", "attention")  # what a decode step is to consist of
+
 
 class Limpid:
     """A model of random weights in the format `weights`, with activations and cache of the given dtypes."""
@@ -82,31 +84,35 @@ class Limpid:
 
         `outside_kernels`: a step less the time inside its launches. The clock around each launch counts as outside, so
         this is the upper bound. `nothing_launched`: a step whose launches reach a function that does nothing, over a
-        whole one: the call itself counts, but no kernel has driven Python's data out of the caches.
+        whole one: the call itself counts, but no kernel has driven Python's data out of the caches. `other_kernels`:
+        the time inside launches of all ops but linear and attention.
         """
-        cache, whole, outside, idle, calls = self._cache(context, steps), [], [], [], 0
-        inside: list[float] = []
+        cache, whole, outside, idle, others, calls = self._cache(context, steps), [], [], [], [], 0
+        inside: list[tuple[str, float]] = []
         nothing = tvm_ffi.get_global_func("testing.nop")
         timed(lambda: self._step(cache), WARM, 1)
         for _ in range(steps // 4):  # in turns, so that all see the same machine
             cache.truncate(context)
             whole += timed(lambda: self._step(cache), 0, 4)
             cache.truncate(context)
-            with _launches(lambda run: _clocked(run, inside)):
+            with _launches(lambda plan: _clocked(plan.op.name, plan.run, inside)):
                 for _ in range(4):
                     inside.clear()
                     seconds = timed(lambda: self._step(cache), 0, 1)[0]
-                    outside.append((seconds - sum(inside)) / seconds)
+                    outside.append((seconds - sum(took for _, took in inside)) / seconds)
+                    others.append(sum(took for name, took in inside if name not in _LARGE) / seconds)
                     calls = len(inside)
             cache.truncate(context)
-            with _launches(lambda run: nothing):
+            with _launches(lambda plan: nothing):
                 idle += timed(lambda: self._model([1], cache, logits_to_keep=1), 0, 4)
         cache.truncate(context)
         return {
             "outside_kernels": statistics.median(outside),
             "nothing_launched": statistics.median(idle) / statistics.median(whole),
+            "other_kernels": statistics.median(others),
             "launches": calls,
-            "seconds": {"whole": whole, "idle": idle, "outside": outside},
+            "seconds": {"whole": whole, "idle": idle},
+            "shares": {"outside": outside, "others": others},
         }
 
     def _cache(self, context: int, steps: int) -> Cache:
@@ -137,12 +143,12 @@ class Limpid:
 
 
 @contextlib.contextmanager
-def _launches(replaced: Callable[[Callable], Callable]) -> Iterator[None]:
+def _launches(replaced: Callable[[Plan], Callable]) -> Iterator[None]:
     """The launch of every plan replaced meanwhile by what `replaced` makes of it."""
     plans: list[Plan] = list({id(plan): plan for op in registry.values() for plan in op._plans.values()}.values())
     kept = [plan.run for plan in plans]
-    for plan, run in zip(plans, kept, strict=True):
-        plan.run = replaced(run)
+    for plan in plans:
+        plan.run = replaced(plan)
     try:
         yield
     finally:
@@ -150,11 +156,11 @@ def _launches(replaced: Callable[[Callable], Callable]) -> Iterator[None]:
             plan.run = run
 
 
-def _clocked(run: Callable, inside: list[float]) -> Callable:
+def _clocked(name: str, run: Callable, inside: list[tuple[str, float]]) -> Callable:
     def launch(*data: Any) -> None:
         started = time.perf_counter()
         run(*data)
-        inside.append(time.perf_counter() - started)
+        inside.append((name, time.perf_counter() - started))
 
     return launch
 

@@ -37,7 +37,7 @@ class Torch:
     def _decode(self, context: int, steps: int) -> list[float]:
         if context not in self._filled:
             cache = self._cache(context + steps + WARM)
-            self._model(self._ids(context), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self._model(self._ids(context), cache=cache, use_cache=True, logits_to_keep=1)
             self._filled[context] = cache
         cache = self._filled[context] if self.compiled else copy.deepcopy(self._filled[context])
         one = torch.tensor([[1]])
@@ -61,7 +61,7 @@ class Torch:
         return timed(run, 0, 1, 1.0)
 
     def _run(self, ids: Any, cache: Any) -> None:
-        logits = self._forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = self._forward(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
         if not bool(torch.isfinite(logits[0, -1, :8]).all()):
             raise RuntimeError(f"transformers computes no logits: {logits[0, -1, :8]}")
 
