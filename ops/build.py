@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
-import secrets
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +20,13 @@ from tvm import tirx
 from tvm.support import cc
 
 from . import store, target
+from .digest import source_digest
 from .errors import KernelError
 from .progress import tracked
 from .spec import DTYPES, Dim, Spec
 
 if TYPE_CHECKING:
     from .op import Op
-
-_HERE = Path(__file__).parent
-_SHARED_SOURCES = ("build.py", "packed.py", "quantize.py", "target.py", "tir.py", "schedule/*.py")
 
 
 class Text(str):
@@ -74,14 +71,15 @@ class Request:
     @property
     def key(self) -> str:
         """A digest of all that the machine code depends on."""
-        parts = (self.op.name, self.arguments, _source_digest(self.op.builders), target.describe(), _versions())
+        parts = (self.op.name, self.arguments, source_digest(self.op.builders), target.describe(), _versions())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     def blocks(self) -> Any:
         """The op's block definition, unscheduled and without regard to a target."""
         if self.op._kernel is None:
             raise KernelError(f"{self.op.name} has no kernel; register one with @{self.op.name}.kernel")
-        return self._build(self.op._kernel)
+        function = self._build(self.op._kernel)
+        return function.with_attr("has_template", True) if self.op._templates else function
 
     def scheduled(self) -> Any:
         """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
@@ -163,10 +161,17 @@ def _write(module: Any, folder: Path) -> Path:
 
 
 def _compile(request: Request) -> Any:
-    try:
+    with _named(request):
         primfunc = request.scheduled()
         _check_alignment(request.op.name, primfunc)
         return tvm.compile(primfunc.with_attr("global_symbol", request.op.name), target=target.host())
+
+
+@contextmanager
+def _named(request: Request) -> Iterator[None]:
+    """Errors of TVM, and of builders, say which kernel it was."""
+    try:
+        yield
     except KernelError:
         raise
     except Exception as error:
@@ -231,23 +236,12 @@ def tir(request: Request) -> Text:
 def source(request: Request, language: str) -> Text:
     """Generated code: "llvm", "asm" (as this machine runs it) or "c" (from the block definition)."""
     if language == "c":
-        generated = tvm.compile(request.blocks().with_attr("global_symbol", request.op.name), target="c")
+        with _named(request):
+            generated = tvm.compile(request.blocks().with_attr("global_symbol", request.op.name), target="c")
         return Text(generated.mod.inspect_source())
     if language not in ("llvm", "asm"):
         raise KernelError(f"no source in {language!r}; known are 'llvm', 'asm' and 'c'")
     return Text(_compile(request).mod.inspect_source("ll" if language == "llvm" else "asm"))
-
-
-@functools.cache
-def _source_digest(builders: tuple[Callable, ...]) -> str:
-    """A digest of the files that a kernel is written in."""
-    shared = [path for pattern in _SHARED_SOURCES for path in sorted(_HERE.glob(pattern))]
-    own = sorted({Path(inspect.getfile(each)) for each in builders})
-    digest = hashlib.sha256()
-    for path in shared + own:
-        # What is written in a notebook depends on cells unknown here: it is compiled anew each time it is defined.
-        digest.update(path.read_bytes() if path.exists() else secrets.token_bytes(16))
-    return digest.hexdigest()
 
 
 @functools.cache
