@@ -25,7 +25,7 @@ from .model import Model
 from .models import architecture
 from .nn import load_parameters
 from .tokenizer import Tokenizer
-from .weights import pack_all, read_directory, read_llama2c, resolve, write_directory
+from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
 
 
 def load(
@@ -63,7 +63,7 @@ def _load_directory(path: Path, dtype: str | None, weights: str | None, progress
     raw = _read_config(path / "config.json")
     tensors = read_directory(path)
     model = build(raw, dtype or _stored_dtype(tensors), weights)
-    _fill(model, tensors, sorted(path.glob("model*.safetensors")), progress)
+    _fill(model, tensors, checkpoint_files(path), progress)
     if (path / "tokenizer.json").exists():
         model.tokenizer = Tokenizer.from_directory(path)
         model.tokenizer.check_fits(model.config.vocab_size)

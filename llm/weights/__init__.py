@@ -3,6 +3,15 @@
 from llm.weights.hub import resolve
 from llm.weights.llama2c import read_llama2c
 from llm.weights.packed import pack_all
-from llm.weights.safetensors import read_directory, read_file, write_directory, write_file
+from llm.weights.safetensors import checkpoint_files, read_directory, read_file, write_directory, write_file
 
-__all__ = ["pack_all", "read_directory", "read_file", "read_llama2c", "resolve", "write_directory", "write_file"]
+__all__ = [
+    "checkpoint_files",
+    "pack_all",
+    "read_directory",
+    "read_file",
+    "read_llama2c",
+    "resolve",
+    "write_directory",
+    "write_file",
+]

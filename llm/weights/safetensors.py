@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ _MAX_HEADER = 100_000_000
 _MAX_DIMS = 64
 _ALIGN = 64
 # Without it Linux refuses a writable private map that is larger than memory. Python names it from 3.13 on.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _AGAIN = "the file is damaged or incomplete: download it again"
 
 
@@ -53,20 +54,20 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
     DLPack refuses read-only arrays, hence writable; a write stays in memory and never reaches the file. A tensor
     whose offset in the file is not a multiple of its item size is copied. Raises CheckpointError, naming the file and
-    the tensor, for anything the format does not allow.
+    the tensor, for anything the format does not allow; all tensors that a truncated file lacks are in one error.
     """
     path = Path(path)
     data = map_file(path)
     start, header = _header(path, data)
-    spans: list[tuple[int, int, str]] = []
-    tensors: dict[str, np.ndarray] = {}
-    for name, entry in header.items():
-        dtype, shape, begin, end = _entry(path, name, entry)
-        if start + end > len(data):
-            _bad(path, name, f"its data ends at byte {start + end}, but the file has {len(data)}")
-        spans.append((begin, end, name))
-        tensors[name] = _view(path, name, data[start + begin : start + end], dtype, shape, start + begin)
-    spans.sort()
+    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
+    spans = sorted((begin, end, name) for name, (_, _, begin, end) in entries.items())
+    if beyond := [name for _, end, name in spans if start + end > len(data)]:
+        last = start + spans[-1][1]
+        _bad(path, None, f"its data end at byte {last}, but the file has {len(data)}: it lacks {_some(beyond)}")
+    tensors = {
+        name: _view(path, name, data[start + begin : start + end], dtype, shape, start + begin)
+        for name, (dtype, shape, begin, end) in entries.items()
+    }
     _contiguous(path, spans, len(data) - start)
     return {name: tensors[name] for _, _, name in spans}
 
@@ -74,8 +75,8 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def read_directory(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Every tensor of a checkpoint directory: `model.safetensors`, or the shards that the index lists. Lazy: mapped.
 
-    Raises CheckpointError for a directory without safetensors weights, and when the index and its shards disagree
-    in any way, listing the names. Pickles are never loaded.
+    Raises CheckpointError for a directory without safetensors weights, and when shards are missing, damaged, or
+    disagree with the index in any way: one error that lists them. Pickles are never loaded.
     """
     path = Path(path)
     if (path / SINGLE).is_file():
@@ -84,14 +85,15 @@ def read_directory(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         _no_weights(path)
     weight_map = _weight_map(path / INDEX)
     shards = sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if not (path / shard).is_file()]:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of {len(shards)} shards missing: {_some(missing)}; download them"
-        )
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    problems = [f"{len(missing)} of {len(shards)} shards missing: {_some(missing)}"] if missing else []
     found: dict[str, np.ndarray] = {}
-    problems: list[str] = []
-    for shard in shards:
-        tensors = read_file(path / shard)
+    for shard in sorted({*shards} - {*missing}):
+        try:
+            tensors = read_file(path / shard)
+        except CheckpointError as error:
+            problems.append(str(error).removeprefix(f"{path}{os.sep}").removesuffix(f"; {_AGAIN}"))
+            continue
         placed = {name for name, place in weight_map.items() if place == shard}
         if lacking := sorted(placed - tensors.keys()):
             problems.append(f"{shard} lacks {_some(lacking)}")
@@ -101,10 +103,17 @@ def read_directory(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             problems.append(f"{shard} holds {_some(twice)}, which the index places in another shard")
         found |= {name: tensors[name] for name in tensors if name in placed}
     if problems:
+        more = f"; and {len(problems) - 10} more such faults" if len(problems) > 10 else ""
         raise CheckpointError(
-            f"{path / INDEX} does not fit its shards: {'; '.join(problems)}; download all of them again"
+            f"{path / INDEX} does not fit its shards: {'; '.join(problems[:10])}{more}; download them again"
         )
     return found
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """The files that `read_directory` reads of a directory that it has read."""
+    single = path / SINGLE
+    return [single] if single.is_file() else [path / shard for shard in sorted({*_weight_map(path / INDEX).values()})]
 
 
 def write_file(

@@ -261,7 +261,7 @@ from llm.info import peak_memory
 small = llm.load(sys.argv[2])
 small([1, 2, 3]); small([1])
 before = peak_memory()
-model = llm.load(sys.argv[1])
+model = llm.load(sys.argv[1], weights=sys.argv[3] if len(sys.argv) > 3 else None)
 model([1, 2, 3]); model([1])
 print((peak_memory() - before) / model.nbytes)
 """
@@ -276,6 +276,19 @@ def test_weights_are_held_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0.5 < float(done.stdout) < 1.2
+
+
+def test_packed_weights_are_held_once(tmp_path, monkeypatch):
+    """Packed on the first start, mapped on the second; the checkpoint's own pages are what the first one reads."""
+    monkeypatch.setenv("LIMPID_CACHE", str(tmp_path / "cache"))
+    shape = small.CONFIG | {"hidden_size": 256, "intermediate_size": 512}
+    for name, vocabulary in (("large", 300_000), ("small", 258)):
+        randomize(build(shape | {"vocab_size": vocabulary, "tie_word_embeddings": True})).save(tmp_path / name)
+    command = [sys.executable, "-c", _HELD, str(tmp_path / "large"), str(tmp_path / "small"), "q8"]
+    shares = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2)]
+    float32 = 32 / 8.5  # the checkpoint over its packed weights
+    assert 1 < shares[0] < 2 + float32  # and the pieces at hand
+    assert 0.5 < shares[1] < 1.2
 
 
 def test_an_unaligned_file_works(saved):

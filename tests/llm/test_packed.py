@@ -1,6 +1,7 @@
 """Models with packed weights: loaded, cached on disk, run, saved."""
 
 import dataclasses
+import json
 import os
 import time
 
@@ -10,7 +11,7 @@ import pytest
 import llm
 import ops
 from llm.errors import CheckpointError
-from llm.weights import packed, write_file
+from llm.weights import packed, read_file, write_file
 from llm.weights.packed import pack_all
 from ops import quantize, store
 from ops.quantize import FORMATS
@@ -66,7 +67,10 @@ def test_packing_shows_its_progress(checkpoint, monkeypatch):
     pack_all(wanted(), arrays, files, progress=True)
     monkeypatch.setattr(packed, "_SHOWN", 0)
     pack_all(wanted("q8"), arrays, files, progress=True)
-    assert shown == [("Packing weights", {"total": 2, "shown": False}), ("Packing weights", {"total": 2, "shown": True})]
+    assert shown == [
+        ("Packing weights", {"total": 2, "shown": False}),
+        ("Packing weights", {"total": 2, "shown": True}),
+    ]
 
 
 def test_other_content_format_or_machine_is_packed_anew(checkpoint, packings):
@@ -93,6 +97,26 @@ def test_a_checkpoint_of_the_same_content_elsewhere_is_not_packed_again(checkpoi
     for each in ([twin], files):
         pack_all(wanted(), arrays, each)
     assert len(packings) == 2
+
+
+def test_shards_have_the_names_that_the_index_gives(tmp_path, rng, packings):
+    folder = small.model(rng).save(tmp_path / "plain")
+    tensors = read_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [*tensors]
+    places = {name: f"weights-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for place in set(places.values()):
+        write_file(folder / place, {name: tensors[name] for name in names if places[name] == place})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    llm.load(folder, weights="q4")
+    before = len(packings)
+    llm.load(folder, weights="q4")
+    assert before and len(packings) == before
+    write_file(
+        folder / "weights-1.safetensors", {n: tensors[n] * 2 for n in names if places[n] == "weights-1.safetensors"}
+    )
+    llm.load(folder, weights="q4")
+    assert len(packings) == 2 * before, "other content"
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-1], lambda b: b"\xff" * 16 + b[16:]])

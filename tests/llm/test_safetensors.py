@@ -1,8 +1,11 @@
 """safetensors: round trips with the `safetensors` library, laziness, atomic writing, and hostile files."""
 
 import json
+import mmap
 import os
 import random
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+import llm
 from llm.errors import CheckpointError
 from llm.weights import read_directory, read_file, write_directory, write_file
 from llm.weights.safetensors import DTYPES
@@ -316,6 +320,38 @@ def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     assert "x.safetensors holds 'b', which the index places in another shard" in message
     assert "y.safetensors lacks 'b'" in message
     assert "y.safetensors holds 'c', which the index does not list" in message
+
+
+def test_all_that_truncated_files_lack_is_in_one_error(tmp_path: Path) -> None:
+    tensors = {f"w{i:02}": np.zeros(2, np.float32) for i in range(30)}
+    write_file(tmp_path / "model.safetensors", tensors)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[:-20])
+    message = refused(read_directory, tmp_path)
+    assert f"end at byte {len(content)}, but the file has {len(content) - 20}: it lacks 'w27', 'w28', 'w29';" in message
+    (tmp_path / "model.safetensors").write_bytes(content[: -8 * 25])
+    assert "it lacks 'w05'," in refused(read_directory, tmp_path)
+    assert "'w14' and 15 more;" in refused(read_directory, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shards = {f"s{i:02}": {f"w{i:02}": tensors[f"w{i:02}"]} for i in range(14)}
+    placed = {name: f"{shard}.safetensors" for shard, each in shards.items() for name in each}
+    sharded(tmp_path, {**placed, "v": "s99.safetensors"}, **shards)
+    for shard in [*shards][1:3]:
+        file = tmp_path / f"{shard}.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+    message = refused(read_directory, tmp_path)
+    for part in ("1 of 15 shards missing: 's99.safetensors'; s01.", "it lacks 'w01'; s02.", "it lacks 'w02'; "):
+        assert part in message
+    for shard in shards:
+        (tmp_path / f"{shard}.safetensors").write_bytes(b"cut")
+    assert "; and 5 more such faults; download them again" in refused(read_directory, tmp_path)
+
+
+def test_the_flag_of_a_map_larger_than_memory_is_linuxs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mmap, "MAP_NORESERVE", raising=False)
+    for platform, flag in (("linux", 0x4000), ("darwin", 0)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert runpy.run_path(llm.weights.safetensors.__file__)["_NO_RESERVE"] == flag
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a/x.safetensors", "..", ".", "", "x\0y"])
