@@ -21,14 +21,24 @@ class Layer:
         self._cache = cache
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.held = 0  # tokens that it has the keys and values of
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Put keys and values [n, kv_heads, dim] at `positions` int32 [n]; gives both whole buffers."""
+        """Put keys and values [n, kv_heads, dim] at `positions` int32 [n]; gives both whole buffers.
+
+        Raises UserError when this layer was left out while the cache was filled: it would attend to garbage.
+        """
+        if self.held < len(self._cache):
+            raise UserError(
+                f"the cache holds {len(self._cache)} tokens, and {self.held} of them in this layer: "
+                f"it was filled by other layers; start a new one"
+            )
         if self.keys is None or self.values is None or self.keys.spec.shape[0] < self._cache.capacity:
             self.keys = _grown(self.keys, keys, self._cache)
             self.values = _grown(self.values, values, self._cache)
         ops.cache_write(self.keys, keys, positions)
         ops.cache_write(self.values, values, positions)
+        self.held = len(self._cache) + len(positions)
         return self.keys, self.values
 
 
@@ -48,9 +58,10 @@ class Cache:
     `dtype` of the keys and values: float32, float16 or bfloat16, whatever the activations are; None is as they come.
     What is beyond float16's range, 65504, becomes infinite in a float16 cache: bfloat16 has the range of float32.
 
-    A model call takes room with `extend`, writes through the layers, and makes it count with `commit`: a call that is
-    interrupted in between leaves the cache as it was. One sequence; activations are flat over tokens, each with its
-    position, so several sequences can share a call once the cache maps positions to sequences.
+    `ids` are the tokens it holds. A model call takes room with `extend`, writes through the layers, and makes it count
+    with `commit`: a call that is interrupted in between leaves the cache as it was. One sequence; activations are flat
+    over tokens, each with its position, so several sequences can share a call once the cache maps positions to
+    sequences.
     """
 
     def __init__(self, limit: int, dtype: str | None = None):
@@ -59,11 +70,11 @@ class Cache:
         self.limit = limit
         self.dtype = dtype
         self.capacity = 0
-        self._length = 0
+        self.ids: list[int] = []
         self._layers: list[Layer] = []
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.ids)
 
     def __bool__(self) -> bool:
         return True  # an empty cache is still a cache
@@ -75,8 +86,8 @@ class Cache:
 
     def require(self, tokens: int) -> None:
         """Raises ContextOverflow when `tokens` more do not fit."""
-        if self._length + tokens > self.limit:
-            held = f"{self._length} tokens in the cache and " if self._length else ""
+        if len(self) + tokens > self.limit:
+            held = f"{len(self)} tokens in the cache and " if len(self) else ""
             raise ContextOverflow(
                 f"{held}{tokens} {'more' if held else 'tokens'} do not fit: this model's context holds {self.limit}; "
                 f"shorten the prompt"
@@ -85,28 +96,31 @@ class Cache:
     def extend(self, tokens: int) -> Tensor:
         """Make room for `tokens` more and give their positions, int32 [tokens]. Raises ContextOverflow."""
         self.require(tokens)
-        length = self._length + tokens
+        start, length = len(self), len(self) + tokens
+        for layer in self._layers:
+            layer.held = min(layer.held, start)  # not what was truncated, or never committed
         if length > self.capacity:
             self.capacity = min(max(length, 2 * self.capacity, _FIRST_CAPACITY), self.limit)
         if tokens == 1:
-            return ops.integer(self._length)
-        return ops.tensor(np.arange(self._length, length, dtype="int32"))
+            return ops.integer(start)
+        return ops.tensor(np.arange(start, length, dtype="int32"))
 
-    def commit(self, tokens: int) -> None:
-        """The tokens of the last `extend` are in."""
-        self._length += tokens
+    def commit(self, ids: Tensor) -> None:
+        """The tokens of the last `extend` are in: their ids, int32 [tokens]."""
+        self.ids += ids.numpy().tolist()
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a cache of {self._length} tokens to {length}")
-        self._length = length
+        if not 0 <= length <= len(self):
+            raise ValueError(f"cannot truncate a cache of {len(self)} tokens to {length}")
+        del self.ids[length:]
 
     def copy(self) -> Cache:
         """An independent cache with the same content."""
         twin = Cache(self.limit, self.dtype)
-        twin._length, twin.capacity = self._length, self.capacity
+        twin.ids, twin.capacity = [*self.ids], self.capacity
         for i, layer in enumerate(self._layers):
+            twin[i].held = layer.held
             for name in ("keys", "values"):
                 if (buffer := getattr(layer, name)) is not None:
                     fresh = ops.empty(buffer.shape, buffer.dtype, buffer.device)

@@ -81,6 +81,7 @@ _POSITIVE = frozenset(
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "sliding_window",
         "vocab_size",
     }
 )
@@ -119,6 +120,7 @@ def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[st
         known = {name: field.default for name, field in plain.items() if field.default is not dataclasses.MISSING}
         known |= {key: value for key, value in raw.items() if value is not None}
         values[rope_field] = parse_rope(known, _head_dim(known))
+        _check_heads(known)
     return cls(**values)
 
 
@@ -155,6 +157,13 @@ def _head_dim(values: Mapping[str, Any]) -> int:
             f"hidden_size {width} is not a multiple of num_attention_heads {heads}, and head_dim is missing"
         )
     return width // heads
+
+
+def _check_heads(values: Mapping[str, Any]) -> None:
+    """Each head of keys and values serves as many heads of queries."""
+    heads, groups = values["num_attention_heads"], values.get("num_key_value_heads")
+    if groups and heads % groups:
+        raise ConfigError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
 
 
 def _convert(key: str, value: Any, hint: Any) -> Any:
@@ -213,7 +222,7 @@ def _shaped(value: Any, hint: Any) -> Any:
 def _is_bad_size(key: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_bad_size(key, item) for item in value)
-    return type(value) is int and value < (1 if key in _POSITIVE else 0)
+    return type(value) in (int, float) and value < (1 if key in _POSITIVE else 0)
 
 
 def _describe(hint: Any) -> str:

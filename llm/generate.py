@@ -151,7 +151,7 @@ class TextStream:
             return
         if not _watched() and _is_ours(self.model):
             prepare(self.model, len(self.prompt), self.cache.dtype)
-        history = list(self.prompt)
+        history = [*self.cache.ids, *self.prompt]
         started = time.perf_counter()
         logits = self.model(self.prompt, self.cache, logits_to_keep=1)
         self.prefill_seconds = time.perf_counter() - started
@@ -191,19 +191,14 @@ class Chat:
 
     def __init__(self, model: Model, cache_dtype: str | None = None):
         self.model, self.cache = model, model.new_cache(cache_dtype)
-        self._read: list[int] = []
-        self._stream: TextStream | None = None
 
     def answer(self, messages: list[dict[str, Any]], **options: Any) -> TextStream:
         """Stream the answer to all the `messages` so far ({"role", "content"}); options as for `TextStream`."""
         prompt = chat_prompt(self.model, messages)  # says first when the model cannot chat
         ids = self.model.tokenizer.encode(prompt) if self.model.tokenizer else []
-        read = (self._read + (self._stream.tokens if self._stream else []))[: len(self.cache)]
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(read, ids[:-1], strict=False))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self.cache.ids, ids[:-1], strict=False))
         self.cache.truncate(sum(1 for _ in same))
-        self._read = ids
-        self._stream = TextStream(self.model, ids[len(self.cache) :], cache=self.cache, **options)
-        return self._stream
+        return TextStream(self.model, ids[len(self.cache) :], cache=self.cache, **options)
 
 
 def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool = True) -> int:

@@ -66,6 +66,12 @@ class Model(Module):
             raise UserError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
         return ops.tensor(np.ascontiguousarray(array, "int32"))
 
+    def last(self, x: Tensor, count: int) -> Tensor:
+        """The last `count` rows of x, all where there are not so many, or for 0. Raises UserError."""
+        if count < 0:
+            raise UserError(f"logits_to_keep is {count}, expected a number of tokens, or 0 for all of them")
+        return x[-count:]
+
     def named_tensors(self) -> dict[str, Tensor]:
         """Weights by the names that a checkpoint gives them."""
         missing = [name for name, weight in self.parameters() if not isinstance(weight, Tensor)]

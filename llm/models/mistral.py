@@ -91,7 +91,7 @@ class Mistral(Model):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
 
     def forward(self, ids: Any, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
-        """Logits [n, vocabulary] for token ids [n], or for the last `logits_to_keep` of them.
+        """Logits [n, vocabulary] for token ids [n], or for the last `logits_to_keep` of them; 0 is all.
 
         Raises ContextOverflow when the cache has no room for n more tokens.
         """
@@ -101,7 +101,7 @@ class Mistral(Model):
         x = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotate, cache[i])
-        x = self.norm(x[-logits_to_keep:])
+        x = self.norm(self.last(x, logits_to_keep))
         logits = ops.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
-        cache.commit(len(ids))
+        cache.commit(ids)
         return logits

@@ -89,7 +89,10 @@ def test_everything_wrong_is_said_at_once() -> None:
         ("hidden_size", None, "'hidden_size' is None (null), expected int"),
         ("hidden_size", -64, "'hidden_size' is -64, expected at least 1"),
         ("num_hidden_layers", 0, "'num_hidden_layers' is 0, expected at least 1"),
-        ("sliding_window", -1, "'sliding_window' is -1, expected no negative number"),
+        ("sliding_window", 0, "'sliding_window' is 0, expected at least 1"),
+        ("rms_norm_eps", -1e-6, "'rms_norm_eps' is -1e-06, expected no negative number"),
+        ("num_key_value_heads", 3, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ("num_key_value_heads", 8, "num_attention_heads 4 is not a multiple of num_key_value_heads 8"),
         ("rms_norm_eps", "1e-5", "'rms_norm_eps' is '1e-5' (str), expected finite float"),
         ("rms_norm_eps", float("nan"), "expected finite float"),
         ("rms_norm_eps", 10**400, "expected finite float"),
@@ -325,4 +328,4 @@ def test_dynamic_needs_a_length() -> None:
 
 def test_head_dim_must_follow_from_the_config() -> None:
     assert "hidden_size 64 is not a multiple of num_attention_heads 3" in refused(num_attention_heads=3)
-    assert parse(num_attention_heads=3, head_dim=32).rope_parameters.rotary_dim == 32
+    assert parse(num_attention_heads=3, num_key_value_heads=1, head_dim=32).rope_parameters.rotary_dim == 32

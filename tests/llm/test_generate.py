@@ -240,6 +240,11 @@ def test_going_on_with_a_cache(model, stories):
         assert first.tokens + rest.tokens == whole.tokens
         if each is stories:
             assert first + rest == whole
+    options: dict[str, Any] = {"repetition_penalty": 3.0, "temperature": 0.0}
+    whole, cache = model.generate("Hi", max_tokens=40, **options), model.new_cache()
+    first = model.generate("Hi", max_tokens=15, cache=cache, **options)
+    rest = model.generate(first.tokens[-1:], max_tokens=25, cache=cache, **options)
+    assert first.tokens + rest.tokens == whole.tokens, "what the cache holds has been said too"
     with pytest.raises(llm.UserError, match="the prompt is empty, and the cache needs a token to go on from"):
         stories.stream("", cache=cache)
 
@@ -321,6 +326,8 @@ def test_a_prompt_may_be_read_in_pieces(model, rng):
     for keep in (1, 3, 100, 200):
         last = model(ids, logits_to_keep=keep).numpy()
         np.testing.assert_allclose(last, whole[-keep:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(llm.UserError, match="logits_to_keep is -1, expected a number of tokens, or 0 for all"):
+        model(ids, logits_to_keep=-1)
 
 
 def test_a_dry_run_is_not_seen(model, monkeypatch):
@@ -362,8 +369,8 @@ def test_a_conversation_reads_each_token_once(model):
     model.tokenizer.chat_template = small.TEMPLATE
     chat, messages = generate.Chat(model), [{"role": "user", "content": "Hello"}]
     for said in ("more", "and more", "enough"):
-        stream = chat.answer(messages, max_tokens=9)
-        assert stream.finish() == model.chat(messages, max_tokens=9).finish()
+        stream = chat.answer(messages, max_tokens=9, repetition_penalty=1.5)
+        assert stream.finish() == model.chat(messages, max_tokens=9, repetition_penalty=1.5).finish()
         whole = len(model.tokenizer.encode(generate.chat_prompt(model, messages)))
         assert stream.prompt_tokens == whole if len(messages) == 1 else stream.prompt_tokens < whole - 12
         messages += [{"role": "assistant", "content": "an answer " * 5}, {"role": "user", "content": said}]
