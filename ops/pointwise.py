@@ -72,15 +72,25 @@ def _same(**tensors: Tensor) -> Tensor:
     """The rule of most: float tensors of one shape and dtype, and an output like them."""
     (first, x), *rest = tensors.items()
     if x.dtype not in FLOATS:
-        raise DTypeError(f"{first} is {x}, expected one of {', '.join(FLOATS)}; convert it with ops.cast")
+        raise DTypeError(f"{first} is {x}, expected one of {', '.join(FLOATS)}; {_converted(first, x, 'float32')}")
     if x.ndim < 1:
         raise ShapeError(f"{first} is {x}, expected at least one axis")
     for name, y in rest:
         if y.shape != x.shape:
             raise ShapeError(f"{name} is {y}, expected [{', '.join(map(str, x.shape))}], the shape of {first}")
         if y.dtype != x.dtype:
-            raise DTypeError(f"{name} is {y.dtype}, expected {x.dtype}, the dtype of {first}; convert it with ops.cast")
+            raise DTypeError(_other_dtype(name, y, first, x))
     return like(x)
+
+
+def _other_dtype(name: str, y: Tensor, first: str, x: Tensor) -> str:
+    return f"{name} is {y.dtype}, expected {x.dtype}, the dtype of {first}; {_converted(name, y, x.dtype)}"
+
+
+def _converted(name: str, x: Tensor, dtype: str) -> str:
+    """How to convert it: not every dtype casts."""
+    way = f"ops.cast({name}, dtype={dtype!r})" if (x.dtype, dtype) in _CASTS else f"ops.tensor({name}, {dtype!r})"
+    return f"convert it with {way}"
 
 
 def _row(x: Tensor, y: Tensor) -> Tensor:
@@ -90,7 +100,7 @@ def _row(x: Tensor, y: Tensor) -> Tensor:
     if y.shape != x.shape[-1:]:
         raise ShapeError(f"y is {y}, expected [{x.shape[-1]}], the last axis of x {x}")
     if y.dtype != x.dtype:
-        raise DTypeError(f"y is {y.dtype}, expected {x.dtype}, the dtype of x; convert it with ops.cast")
+        raise DTypeError(_other_dtype("y", y, "x", x))
     return output
 
 
@@ -139,6 +149,18 @@ def scale(x: Tensor, factor: float) -> Tensor:
 @_rows(symbolic={"x": "n"})
 def offset(x: Tensor, value: float) -> Tensor:
     """x + value. The value is a run-time value, rounded to float32: another one compiles nothing."""
+    return _same(x=x)
+
+
+@_rows(symbolic={"x": "n"})
+def div_by(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, the divisor a run-time value as in `scale`. Division by 0 gives inf or NaN."""
+    return _same(x=x)
+
+
+@_rows(symbolic={"x": "n"})
+def div_into(x: Tensor, dividend: float) -> Tensor:
+    """dividend / x, the dividend a run-time value as in `scale`. Division by 0 gives inf or NaN."""
     return _same(x=x)
 
 
@@ -248,6 +270,8 @@ _defined(add_row, lambda x, y: x + y)
 _defined(mul_row, lambda x, y: x * y)
 _defined(scale, lambda x, factor: x * factor)
 _defined(offset, lambda x, value: x + value)
+_defined(div_by, lambda x, divisor: x / divisor)
+_defined(div_into, lambda x, dividend: dividend / x)
 _defined(neg, lambda x: -x)
 _defined(tanh, tir.tanh, np.tanh)
 _defined(softcap, lambda x, cap: tir.tanh(x / tir.f32(cap)) * tir.f32(cap), lambda x, cap: cap * np.tanh(x / cap))
@@ -303,7 +327,11 @@ def _times(x: Tensor, y: Tensor | Number) -> Tensor:
 
 
 def _over(x: Tensor, y: Tensor | Number) -> Tensor:
-    return div(x, y) if isinstance(y, Tensor) else scale(x, 1 / _number(y))
+    return div(x, y) if isinstance(y, Tensor) else div_by(x, _number(y))
+
+
+def _under(x: Tensor, y: Number) -> Tensor:
+    return div_into(x, _number(y))
 
 
 def _negative(x: Tensor) -> Tensor:
@@ -313,5 +341,5 @@ def _negative(x: Tensor) -> Tensor:
 Tensor.__add__ = Tensor.__radd__ = _plus
 Tensor.__sub__, Tensor.__rsub__ = _minus, _minus_from
 Tensor.__mul__ = Tensor.__rmul__ = _times
-Tensor.__truediv__ = _over
+Tensor.__truediv__, Tensor.__rtruediv__ = _over, _under
 Tensor.__neg__ = _negative

@@ -96,10 +96,15 @@ def pass_call(chain: tuple[Interceptor, ...], call: Call, launch: Callable[[Call
         return launch(call)
     first, rest, scope = chain[0], chain[1:], call.scope
 
-    def proceed(changed: Call) -> Any:
-        return _inside(scope, pass_call, rest, changed, launch)  # below `first` it is the model's own call again
+    asked = [call]
 
-    return _checked(_inside(scope.of_tool(first), first.call, call, proceed), call, first)
+    def proceed(changed: Call) -> Any:
+        output = _inside(scope, pass_call, rest, changed, launch)  # below `first` it is the model's own call again
+        if changed is not call:
+            asked.append(changed)
+        return output
+
+    return _checked(_inside(scope.of_tool(first), first.call, call, proceed), asked, first)
 
 
 def _pass_scope(chain: tuple[Interceptor, ...], scope: Scope, forward: Callable[..., Any]) -> Any:
@@ -128,12 +133,13 @@ def _inside(scope: Scope, function: Callable, /, *args: Any, **kwargs: Any) -> A
         current.reset(token)
 
 
-def _checked(output: Any, call: Call, tool: Interceptor) -> Any:
-    """What an interceptor gives must be what the op gives: a tensor, a tuple of them, or None."""
-    wanted = len(call.outputs)
-    given = output if isinstance(output, tuple) and wanted != 1 else () if output is None else (output,)
-    if len(given) == wanted and all(isinstance(each, Tensor) for each in given):
+def _checked(output: Any, asked: list[Call], tool: Interceptor) -> Any:
+    """What an interceptor gives must be what the op declares for the call, or for one that was passed on instead."""
+    call, wanted = asked[0], asked[0].outputs
+    given = output if isinstance(output, tuple) and len(wanted) != 1 else () if output is None else (output,)
+    specs = tuple(each.spec if isinstance(each, Tensor) else None for each in given)
+    if specs == wanted or any(specs == other.outputs for other in asked[1:]):
         return output
-    shown = "None" if output is None else repr(type(output).__name__)
-    expected = ", ".join(map(str, call.outputs)) or "None"
+    shown = ", ".join(str(s or repr(type(each).__name__)) for s, each in zip(specs, given, strict=True)) or "None"
+    expected = ", ".join(map(str, wanted)) or "None"
     raise OpError(f"{call.full_address}: {tool.name}.call gave {shown}, expected {expected}; return launch(call)")

@@ -117,10 +117,11 @@ class Tensor:
             return _unpickled, (np.from_dlpack(self.buffer.data), self.spec, target.lanes())
         return tensor, (self.numpy(),)
 
-    def __dlpack__(self, **options):
+    def __dlpack__(self, *, copy: bool | None = None, **options):
         if self.spec.format is not None:
             raise OpError(f"{self.spec} is packed, which no other library reads; share its values: x.numpy()")
-        return self.buffer.data.__dlpack__(**options)
+        shared = self.__deepcopy__({}) if copy else self
+        return shared.buffer.data.__dlpack__(**options)
 
     def __dlpack_device__(self):
         return self.buffer.data.__dlpack_device__()
@@ -162,6 +163,7 @@ class Tensor:
         def __mul__(self, other: Tensor | Number, /) -> Tensor: ...
         def __rmul__(self, other: Tensor | Number, /) -> Tensor: ...
         def __truediv__(self, other: Tensor | Number, /) -> Tensor: ...
+        def __rtruediv__(self, other: Number, /) -> Tensor: ...
         def __neg__(self, /) -> Tensor: ...
 
     def __repr__(self) -> str:

@@ -40,6 +40,8 @@ def test_rows_scalars_and_constants(rng, dtype, shape):
     check(ops.mul_row, x, row)
     check(ops.scale, x, -0.3)
     check(ops.offset, x, 2)
+    check(ops.div_by, x, 3)
+    check(ops.div_into, away_from_zero(x), -0.3)
     check(ops.softcap, x, cap=1.5)
     check(ops.softcap, x, cap=50.0)
     check(ops.gelu, x, approximate="tanh")
@@ -130,11 +132,39 @@ def test_operators_are_ops(rng):
         (x + y, a + b), (x - y, a - b), (x * y, a * b), (x / y, a / b), (-x, -a),
         (x + r, a + row), (r + x, a + row), (x * r, a * row), (r * x, a * row),
         (x + 2, a + 2), (2 + x, a + 2), (x - 2.5, a - 2.5), (2.5 - x, 2.5 - a),
-        (x * 3, a * 3), (3.0 * x, a * 3), (x / 3, a / 3), (np.float32(3) * x, a * 3), (x * np.int64(3), a * 3),
+        (x * 3, a * 3), (3.0 * x, a * 3), (x / 3, a / 3), (2 / y, 2 / b),
+        (np.float32(3) * x, a * 3), (x * np.int64(3), a * 3),
     ]  # fmt: skip
     for result, expected in cases:
         assert isinstance(result, ops.Tensor) and result.dtype == "float32"
         np.testing.assert_allclose(result.numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_division_by_numbers_is_numpys(rng):
+    a = random(rng, (40, 100), "float32")
+    a[0, :3] = 0, np.inf, np.nan
+    x, number = ops.tensor(a), rng.uniform(1, 100)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cases: list[Any] = [
+            (x / 3, a / np.float32(3)),
+            (x / number, a / np.float32(number)),
+            (x / 0, a / np.float32(0)),
+        ]
+        cases += [(1 / x, np.float32(1) / a), (number / x, np.float32(number) / a), (np.float32(7) / x, 7 / a)]
+    for result, expected in cases:
+        np.testing.assert_array_equal(result.numpy(), expected)
+    assert np.isposinf((ops.tensor([2.0]) / 0).numpy()).all()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+def test_how_to_convert_is_true(dtype):
+    x = ops.tensor(np.arange(6).reshape(2, 3), dtype)
+    for wrong in (lambda: x + 1, lambda: ops.tensor(x, "float32") + x):
+        with pytest.raises(ops.DTypeError, match=f"{dtype}.*expected .*float32.*; convert it with ops") as caught:
+            wrong()
+        way = str(caught.value).rpartition("convert it with ")[2]
+        converted = eval(way, {"ops": ops, "x": x, "y": x})
+        assert (converted + 1).numpy().tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 @pytest.mark.parametrize(

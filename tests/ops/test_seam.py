@@ -139,6 +139,8 @@ def test_supply_the_output_and_nothing_is_compiled(x):
         (None, r"Bad.call gave None, expected float32\[3, 8\]; return launch\(call\)"),
         (np.zeros((3, 8), "float32"), r"Bad.call gave 'ndarray', expected float32\[3, 8\]"),
         ((ops.zeros((3, 8)),), r"Bad.call gave 'tuple', expected"),
+        (ops.zeros((3, 7)), r"Bad.call gave float32\[3, 7\], expected float32\[3, 8\]"),
+        (ops.zeros((3, 8), "float16"), r"Bad.call gave float16\[3, 8\], expected float32\[3, 8\]"),
     ],
 )
 def test_what_an_interceptor_gives_must_be_what_the_op_gives(x, given, message):

@@ -5,6 +5,7 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
+import tvm_ffi
 
 import ops
 from ops.spec import DTYPES, Dim, Spec
@@ -123,6 +124,37 @@ def test_dlpack_with_numpy(rng):
     assert np.isfinite(array).all()
 
 
+def test_dlpack_copies_when_asked(rng):
+    x = ops.tensor(random(rng, (3, 4), "float32"))
+    values = x.numpy().copy()
+    twin, shared = np.from_dlpack(x, copy=True), np.from_dlpack(x, copy=False)
+    assert np.shares_memory(shared, x.numpy()) and not np.shares_memory(twin, x.numpy())
+    half = ops.tensor(values, "bfloat16")
+    bits = ops.tensor(tvm_ffi.from_dlpack(DLPackCopy(half)))
+    x.numpy()[...] = np.nan
+    half.numpy()[...] = np.nan
+    del x, half
+    gc.collect()
+    for _ in range(20):
+        ops.empty((3, 4)).numpy()[...] = 7
+        ops.empty((3, 4), "bfloat16").numpy()[...] = 7
+    np.testing.assert_array_equal(twin, values)
+    assert (bits.dtype, bits.numpy().tolist()) == ("bfloat16", values.astype(DTYPES["bfloat16"]).tolist())
+
+
+class DLPackCopy:
+    """A tensor as a library sees it that asks for a copy."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(copy=True, **options)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+
 def test_dlpack_with_torch(rng):
     torch = pytest.importorskip("torch", reason="torch is not installed (it is in the extra `parity`)")
     given = torch.arange(12, dtype=torch.float32).reshape(3, 4)
@@ -192,6 +224,12 @@ def test_views_that_cannot_be():
         x[0, 0, 0]
     with pytest.raises(ops.ShapeError, match=r"takes ints and slices, not \[0\]; for more use x.numpy\(\)"):
         x[[0]]
+
+
+def test_an_integer():
+    for value in (0, 7, -1, 2**31 - 1, -(2**31)):
+        x = ops.integer(value)
+        assert (x.dtype, x.shape, x.item()) == ("int32", (1,), value)
 
 
 def test_reshape():
