@@ -7,6 +7,7 @@ prompt of 37 tokens, then 20 single steps. The figure is max|logit difference| /
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import secrets
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import llm
 
 PROMPT, STEPS = 37, 20
 BOUNDS = {"float32": 2e-4, "bfloat16": 1.6e-2}
-CUTS_BOUND = 1e-5
+CUTS = {"float32": 1e-5, "bfloat16": 8e-3}  # bfloat16: usually none; one rounding step of the largest logit at most
 
 _SMALL = {
     "vocab_size": 131,
@@ -89,6 +90,7 @@ CASES = [
     Case("llama, rope longrope, past its length", _rope(_longrope(16)), cuts=False),
     Case("mistral, window 8", {"sliding_window": 8}, "mistral"),
     Case("mistral, no window, MHA", {"sliding_window": None, "num_key_value_heads": 4}, "mistral"),
+    Case("mistral, window 8, tied", {"sliding_window": 8, "tie_word_embeddings": True}, "mistral"),
     Case("llama, bfloat16", {"tie_word_embeddings": True}, dtype="bfloat16"),
     Case("mistral, window 8, bfloat16", {"sliding_window": 8}, "mistral", dtype="bfloat16"),
 ]
@@ -104,8 +106,8 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        bound = CUTS_BOUND if self.case.dtype == "float32" else BOUNDS[self.case.dtype]
-        return self.error <= BOUNDS[self.case.dtype] and (self.cuts is None or self.cuts <= bound)
+        dtype = self.case.dtype
+        return self.error <= BOUNDS[dtype] and (self.cuts is None or self.cuts <= CUTS[dtype])
 
 
 def run(case: Case, seed: int) -> Result:
@@ -136,17 +138,18 @@ def _reference(case: Case, seed: int) -> Any:
             if name.endswith("norm.weight"):
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
             else:
-                parameter.copy_(_deviation(case.dtype, parameter) * torch.randn_like(parameter))
+                parameter.copy_(_deviation(case.dtype, name, parameter) * torch.randn_like(parameter))
     return model.to(getattr(torch, case.dtype)).eval()
 
 
-def _deviation(dtype: str, parameter: Any) -> float:
-    """Of the weights: large enough that every layer counts; in bfloat16 transformers' own 0.02.
+def _deviation(dtype: str, name: str, parameter: Any) -> float:
+    """Of the weights: large enough that every layer counts; in bfloat16 transformers' own 0.02, but for the scores.
 
-    With the larger weights the bfloat16 reference is 1.5e-2 to 2.9e-2 away from itself in float32, and tells nothing.
+    With all weights larger the bfloat16 reference is 1.5e-2 to 2.9e-2 away from itself in float32, and tells nothing;
+    with none, attention is so even that positions do not matter.
     """
     if dtype == "bfloat16":
-        return 0.02
+        return 0.1 if "q_proj" in name or "k_proj" in name else 0.02
     return 0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
 
 
@@ -157,8 +160,8 @@ def _theirs(model: Any, ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         cache = None
         for part in np.split(ids, np.cumsum([PROMPT] + [1] * STEPS)[:-1]):
-            output = model(torch.tensor(part)[None], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(torch.tensor(part)[None], cache=cache, use_cache=True)
+            cache = output.cache
             rows.append(output.logits[0].float().numpy())
     return np.concatenate(rows)
 
@@ -182,6 +185,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=None, help="repeat a run; default: a fresh one")
     chosen = parser.parse_args().seed
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        print(f"tests.parity needs {' and '.join(missing)}: pip install -e '.[parity]'", file=sys.stderr)
+        return 2
     seed = secrets.randbits(31) if chosen is None else chosen
     print(f"seed {seed}; prompt {PROMPT} tokens, then {STEPS} steps; errors relative to max|logit|")
     print(f"{'model':42} {'dtype':9} {'vs transformers':>16} {'other cuts':>11}")

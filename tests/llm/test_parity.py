@@ -1,11 +1,40 @@
+import sys
+
+import numpy as np
 import pytest
 
+import ops
 from tests import parity
+
+HALF = [case for case in parity.CASES if case.dtype == "bfloat16"]
+
+
+def needs_the_extra():
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason="the parity extra is not installed: pip install -e '.[parity]'")
 
 
 @pytest.mark.parametrize("case", parity.CASES, ids=lambda case: case.name)
 def test_matches_transformers(case, seed):
-    pytest.importorskip("torch", reason="the parity extra is not installed: pip install -e '.[parity]'")
-    pytest.importorskip("transformers", reason="the parity extra is not installed: pip install -e '.[parity]'")
+    needs_the_extra()
     result = parity.run(case, seed % 2**31)
     assert result.passed, f"error {result.error:.2e}, other cuts {result.cuts}"
+
+
+@pytest.mark.parametrize("case", [parity.CASES[0], *HALF], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("op", "without"),
+    [(ops.rope, lambda x, positions, frequencies, **_: x), (ops.silu_mul, lambda gate, up: np.zeros_like(gate))],
+    ids=["without rope", "without mlp"],
+)
+def test_a_part_that_is_left_out_is_seen(case, op, without, seed):
+    needs_the_extra()
+    with op.use(without):
+        assert parity.run(case, seed % 2**31).error > 2 * parity.BOUNDS[case.dtype]
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["parity"])
+    monkeypatch.setattr(parity.importlib.util, "find_spec", lambda name: None)
+    assert parity.main() == 2
+    assert capsys.readouterr().err == "tests.parity needs torch and transformers: pip install -e '.[parity]'\n"
