@@ -38,18 +38,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
     | {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0},
 }
-_COLD = 512 * 2**20  # bytes of weights to rotate through: a last-level cache keeps some of four times its size
+_COLD = 512 * 2**20  # bytes of weights to rotate through, at the least
 _PREFILL = 512
 
 
-def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool) -> None:
-    """Measure `what` and print it: JSON, or a table. Raises UserError for a name that is not known."""
+def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool, tools: Callable[[], Any]) -> None:
+    """Measure `what` and print it: JSON, or a table. Raises UserError for a name that is not known.
+
+    `tools()` gives what the bench "debug" measures: by name what makes a debugging tool.
+    """
     benches: dict[str, Callable[[Case], dict[str, Any]]] = {
         "dispatch": dispatch,
         "ops": per_op,
         "gemv": gemv,
         "decode": decode,
         "prefill": prefill,
+        "debug": lambda case: _debug(case, tools()),
     }
     if what not in benches:
         raise UserError(f"bench {what}: expected {', '.join(benches)}")
@@ -61,6 +65,7 @@ def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool) -
         raise UserError(f"weights {weights!r} are not supported; choose one of {', '.join((*FORMATS, *FLOATS))}")
     case = Case(shape, dtype, weights or dtype)
     result = {"bench": what} | case._asdict() | {"threads": ops.target.threads()} | benches[what](case)
+    result.setdefault("peak_memory_bytes", peak_memory())
     if as_json:
         json.dump(result, sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -111,12 +116,19 @@ def dispatch(case: Case) -> dict[str, Any]:
     return {"op": f"rms_norm {x.spec}", "bare_us": bare, "call_us": call, "overhead_us": call - bare}
 
 
+def _debug(case: Case, tools: Any) -> dict[str, Any]:
+    from .bench_debug import measure
+
+    return measure(case, tools)
+
+
 def gemv(case: Case) -> dict[str, Any]:
     """Decode's matrix-vector products with weights that come from memory, beside a plain read of such weights."""
     rows = []
     for outputs, inputs in _linear_shapes(case):
         spec = ops.Spec((outputs, inputs), case.weights)
-        data, weights = _copies(spec, max(4, -(-_COLD // spec.nbytes)))
+        cold = max(_COLD, 5 * ops.target.machine().l3)  # of four times its size a cache still keeps some
+        data, weights = _copies(spec, max(4, -(-cold // spec.nbytes)))
         x, read = _normal((1, inputs), case.dtype), ceilings.reader(spec.nbytes)
         turn, other = _cycle(weights), _cycle(data[len(data) // 2 :] + data[: len(data) // 2])
         sides = {
@@ -155,15 +167,14 @@ def _copies(spec: ops.Spec, count: int) -> tuple[list[np.ndarray], list[ops.Tens
 def decode(case: Case) -> dict[str, Any]:
     """Tokens a second, one at a time, after short and long contexts."""
     model = case.model()
-    rows = []
-    for context in (16, 1024):
-        if context + 80 > model.context:
-            continue
-        cache = model.new_cache()
+    caches = {context: model.new_cache() for context in (16, 1024) if context + 80 <= model.context}
+    for context, cache in caches.items():
         prepare(model, context)
         model([1] * context, cache, logits_to_keep=1)
-        times = _steps(model, cache, most=64, seconds=8.0)
-        rows.append({"context": context, "tokens_per_s": 1 / statistics.median(times), "steps": len(times)})
+    rows = [
+        {"context": context, "tokens_per_s": 1 / statistics.median(times), "steps": len(times)}
+        for context, times in _steps(model, caches, most=64, seconds=8.0 * len(caches)).items()
+    ]
     compiles, peak = len(build.log), peak_memory()  # before the ceilings take memory of their own
     floor = model.nbytes / ceilings.read_bandwidth()
     return {
@@ -176,16 +187,18 @@ def decode(case: Case) -> dict[str, Any]:
     }
 
 
-def _steps(model: Any, cache: Any, most: int, seconds: float) -> list[float]:
-    times: list[float] = []
-    for _ in range(3):
-        model([1], cache, logits_to_keep=1)
+def _steps(model: Any, caches: dict[int, Any], most: int, seconds: float) -> dict[int, list[float]]:
+    """Seconds of the steps after each context; the caches take turns. The first three steps do not count."""
+    times: dict[int, list[float]] = {context: [] for context in caches}
     until = time.perf_counter() + seconds
-    while len(times) < most and (time.perf_counter() < until or len(times) < 5):
-        started = time.perf_counter()
-        model([1], cache, logits_to_keep=1)
-        times.append(time.perf_counter() - started)
-    return times
+    for step in range(3 + most):
+        if step >= 8 and time.perf_counter() > until:
+            break
+        for context, cache in caches.items():
+            started = time.perf_counter()
+            model([1], cache, logits_to_keep=1)
+            times[context].append(time.perf_counter() - started)
+    return {context: each[3:] for context, each in times.items()}
 
 
 def prefill(case: Case) -> dict[str, Any]:
@@ -247,7 +260,9 @@ def _cases(c: Any, tokens: int, case: Case) -> Iterable[tuple[str, Callable[[], 
     table = _normal((1024, width), dtype)
     yield "embedding", lambda: ops.embedding(ids, table), 2 * x.nbytes, 0
     yield "rms_norm", lambda: ops.rms_norm(x, weight, eps=1e-5), 2 * x.nbytes, 4 * x.size
-    yield "rope", lambda: ops.rope(q, positions, frequencies), 2 * q.nbytes, 3 * q.size
+    for name, interleaved in (("rope", False), ("rope interleaved", True)):
+        rope = functools.partial(ops.rope, q, positions, frequencies, interleaved=interleaved)
+        yield name, rope, 2 * q.nbytes, 3 * q.size
     yield "cache_write", lambda: ops.cache_write(keys, k, positions), 2 * k.nbytes, 0
     yield (
         "attention, 1024 keys",
@@ -264,6 +279,9 @@ def _cases(c: Any, tokens: int, case: Case) -> Iterable[tuple[str, Callable[[], 
         2 * dim * pairs,
     )
     yield "softmax, 1024 keys", lambda: ops.softmax(weights), 2 * weights.nbytes, 12 * weights.size
+    sinks = _normal((heads,), dtype)
+    with_sinks = functools.partial(ops.softmax_with_sinks, weights, sinks)
+    yield "softmax_with_sinks, 1024 keys", with_sinks, 2 * weights.nbytes, 12 * weights.size
     yield (
         "mix, 1024 keys",
         lambda: ops.mix(weights, keys, dtype=dtype),
@@ -291,6 +309,7 @@ def _plain_cases(x: Any, wide: Any, weight: Any) -> Iterable[tuple[str, Callable
     yield "layer_norm", lambda: ops.layer_norm(x, weight, weight, eps=1e-5), 2 * x.nbytes, 8 * x.size
     yield "silu_mul", lambda: ops.silu_mul(wide, wide), 3 * wide.nbytes, 12 * wide.size
     for form in ("none", "tanh"):
+        yield f"gelu {form}", functools.partial(ops.gelu, wide, approximate=form), 2 * wide.nbytes, 19 * wide.size
         gelu_mul = functools.partial(ops.gelu_mul, wide, wide, approximate=form)
         yield f"gelu_mul {form}", gelu_mul, 3 * wide.nbytes, 20 * wide.size
     for name, two in (("add", ops.add), ("mul", ops.mul)):

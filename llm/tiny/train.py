@@ -242,6 +242,9 @@ For example, after "{prompt}" the model says "{answer}".
 
 ## Greedy text from `<s>` alone
 
+In float32 arithmetic, as `limpid generate --dtype float32` writes it. Without `--dtype` it computes in bfloat16, as the
+weights are stored, which rounds otherwise: where two tokens are nearly equally likely its story may take another turn.
+
 > {sample}
 
 ## Limits

@@ -51,8 +51,9 @@ def test_a_step_that_keeps_its_logits_takes_memory_for_them(seed):
     model(list(range(70)), cache, logits_to_keep=1)
     for token in range(3):
         model([token], cache, logits_to_keep=1)
+    model([3], cache, logits_to_keep=1).spec.free.clear()  # what waits in the pool
     before, kept = allocations(), [model([token], cache, logits_to_keep=1) for token in range(10)]
-    assert len(kept) - 1 <= allocations() - before <= len(kept)  # one buffer may wait in the pool
+    assert len(kept) - 1 <= allocations() - before <= len(kept)  # the last one went back to the pool
 
 
 @pytest.mark.skipif("[never]" in _HUGE_PAGES, reason="this system gives no pages of 2 MiB")

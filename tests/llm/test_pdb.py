@@ -74,7 +74,7 @@ def test_it_stops_in_every_layer_of_every_forward():
 
 
 def test_a_value_may_be_changed_on_the_way():
-    line = line_of("x = self.norm(x[-logits_to_keep:])")
+    line = line_of("x = self.norm(self.last(")
     out = session(line, "c", "x.numpy()[...] = 0", "n", "p float(abs(x.numpy()).max())", "cl 1", "c")
     assert "(Pdb) 0.0\n" in out
     assert "Exit status: 0" in out

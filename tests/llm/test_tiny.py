@@ -13,9 +13,9 @@ TINY = Path(llm.__file__).parent / "tiny"
 QUESTIONS = 200
 
 
-@pytest.fixture(scope="module")
-def model():
-    return llm.load("tiny", dtype="float32")
+@pytest.fixture(scope="module", params=[None, "float32"], ids=["as stored", "float32"])
+def model(request):
+    return llm.load("tiny", dtype=request.param)
 
 
 def answers(model, question) -> bool:
