@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ops
-from ops import Spec, Tensor, scope
+from ops import Spec, Tensor, hooks, scope
 from ops.progress import tracked
 from ops.quantize import FORMATS
 
@@ -35,6 +35,25 @@ class Module:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} has no forward")
+
+    def register_forward_pre_hook(
+        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
+    ) -> hooks.Hook:
+        """Call `hook(module, args)` before each forward; it gives None, or other args, one or a tuple. As in torch.
+
+        With `with_kwargs` it is `hook(module, args, kwargs)`, and gives None or (args, kwargs). The hook is on in all
+        threads, and is not copied with the module, until `remove()` of what this gives, or the end of its `with`.
+        """
+        return hooks.register(self, hook, True, prepend, with_kwargs)
+
+    def register_forward_hook(
+        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
+    ) -> hooks.Hook:
+        """Call `hook(module, args, output)` after each forward; it gives None, or another output. As in torch.
+
+        With `with_kwargs` it is `hook(module, args, kwargs, output)`. To be removed as a pre hook is.
+        """
+        return hooks.register(self, hook, False, prepend, with_kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, list) and (not value or any(isinstance(each, Module) for each in value)):
@@ -86,6 +105,11 @@ class Module:
         from .tree import text
 
         return text(self)
+
+    def _repr_html_(self) -> str:
+        from .tree import html
+
+        return html(self)
 
 
 class ModuleList(list):

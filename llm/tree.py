@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from html import escape
+from typing import Any, NamedTuple
 
 from ops import Spec, Tensor
+from ops.display import box
 
 from .nn import Module, ModuleList
 
 
+class Node(NamedTuple):
+    """A line of the tree and what lies below it."""
+
+    name: str
+    what: str
+    size: str
+    below: list[Node]
+
+    @property
+    def line(self) -> str:
+        return f"{self.name}: {self.what}" + (f"  {self.size}" if self.size else "")
+
+
 def text(module: Module) -> str:
     """The tree below `module`, as text."""
-    return "\n".join([f"{type(module).__name__}  {size(module.nbytes)}", *_inside(module, "  ")])
+    return "\n".join([f"{type(module).__name__}  {size(module.nbytes)}", *_lines(_below(module), "  ")])
+
+
+def html(module: Module) -> str:
+    """The same for a notebook: a module opens and closes by a click; the first two levels are open."""
+    return box(_item(Node("", type(module).__name__, size(module.nbytes), _below(module)), 2))
+
+
+def _lines(nodes: list[Node], indent: str) -> list[str]:
+    return [line for node in nodes for line in (indent + node.line, *_lines(node.below, indent + "  "))]
+
+
+def _item(node: Node, opened: int) -> str:
+    """A node as HTML, with `opened` levels open."""
+    name = f"<b>{escape(node.name)}</b> " if node.name else ""
+    label = f"{name}{escape(node.what)} <span style='opacity:.72;font-size:12px'>{escape(node.size)}</span>"
+    if not node.below:
+        return f"<div style='margin-left:1.1em;white-space:nowrap'>{label}</div>"
+    below = "".join(_item(each, opened - 1) for each in node.below)
+    look = "margin-left:1.1em;border-left:1px solid rgba(128,128,128,.45);padding-left:.4em"
+    head = f"<summary style='cursor:pointer;white-space:nowrap'>{label}</summary>"
+    return f"<details{' open' if opened > 0 else ''}>{head}<div style='{look}'>{below}</div></details>"
 
 
 def size(count: int) -> str:
@@ -25,43 +60,44 @@ def size(count: int) -> str:
     raise AssertionError
 
 
-def _inside(module: Module, indent: str) -> list[str]:
-    lines = []
+def _below(module: Module) -> list[Node]:
+    nodes: list[Node] = []
     for name, value in vars(module).items():
         if name.startswith("_"):
             continue
         if isinstance(value, (Tensor, Spec)):
             spec = value.spec if isinstance(value, Tensor) else value
             missing = "" if isinstance(value, Tensor) else "  not loaded"
-            lines.append(
-                f"{indent}{name}: {spec.dtype}[{', '.join(map(str, spec.shape))}]  {size(spec.nbytes)}{missing}"
+            nodes.append(
+                Node(name, f"{spec.dtype}[{', '.join(map(str, spec.shape))}]", size(spec.nbytes) + missing, [])
             )
         elif isinstance(value, ModuleList):
-            lines += _members(name, value, indent)
+            nodes += _members(name, value)
         elif isinstance(value, Module):
-            lines += _member(name, value, indent)
-    return lines
+            nodes.append(_member(name, value))
+    return nodes
 
 
-def _member(name: str, value: Any, indent: str) -> list[str]:
+def _member(name: str, value: Any) -> Node:
     if not isinstance(value, Module):
-        return [f"{indent}{name}: {value!r}"]
-    inside = _inside(value, indent + "  ")
-    if len(inside) == 1 and inside[0].lstrip().startswith("weight: "):  # a module that is just its weight: one line
-        return [f"{indent}{name}: {type(value).__name__}  {inside[0].strip().removeprefix('weight: ')}"]
-    return [f"{indent}{name}: {type(value).__name__}  {size(value.nbytes)}", *inside]
+        return Node(name, repr(value), "", [])
+    below, kind = _below(value), type(value).__name__
+    if len(below) == 1 and below[0].name == "weight" and not below[0].below:  # a module that is just its weight
+        return Node(name, f"{kind}  {below[0].what}", below[0].size, [])
+    return Node(name, kind, size(value.nbytes), below)
 
 
-def _members(name: str, values: ModuleList, indent: str) -> list[str]:
-    lines: list[str] = []
+def _members(name: str, values: ModuleList) -> list[Node]:
+    """Equal neighbours are one node."""
+    nodes: list[Node] = []
     start = 0
     while start < len(values):
-        shown = _member("", values[start], indent)
+        shown = _member("", values[start])
         stop = start + 1
-        while stop < len(values) and _member("", values[stop], indent) == shown:
+        while stop < len(values) and _member("", values[stop]) == shown:
             stop += 1
         label = f"{name}.{start}" if stop == start + 1 else f"{name}.{start}-{stop - 1}"
         times = "" if stop == start + 1 else f"{stop - start} x "
-        lines += [re.sub(r"^(\s*): ", rf"\g<1>{label}: {times}", shown[0]), *shown[1:]]
+        nodes.append(shown._replace(name=label, what=times + shown.what))
         start = stop
-    return lines
+    return nodes

@@ -1,24 +1,31 @@
-"""Call: one op call as tools see it. Kernel: what computes it."""
+"""Call: one op call as tools see it. Kernel: what computes it. Use: a kernel in use for some calls."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from . import scope as scopes
+from .errors import SelectorError
 from .spec import Spec
 from .tensor import Tensor
 
 if TYPE_CHECKING:
     from .op import Op
     from .scope import Scope
+    from .select import Selector
 
+uses_lock = threading.Lock()  # of the kernels in use, all ops'
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_RUN, _PASS_SCOPE = scopes.run.__code__, scopes._pass_scope.__code__
 
 
 class Call:
@@ -78,6 +85,9 @@ class Call:
         while frame is not None and not self._made_in(frame):  # past the code of the tools that look on
             frame = frame.f_back
         while frame is not None and not _is_users(frame):
+            if frame.f_code is _PASS_SCOPE:  # tools that the module call passes through
+                while frame.f_code is not _RUN:
+                    frame = cast("FrameType", frame.f_back)
             frame = frame.f_back
         return frame
 
@@ -92,11 +102,16 @@ class Call:
     def source(self) -> str:
         """File and line of the model's code that makes the call, `llm/models/llama.py:57`. Only while it runs."""
         frame = self.frame
-        return f"{os.path.relpath(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else "?"
+        return f"{_relative(frame.f_code.co_filename, os.getcwd())}:{frame.f_lineno}" if frame else "?"
 
     def __repr__(self) -> str:
         values = [f"{name}={_brief(value)}" for name, value in (self.inputs | self.constants).items()]
         return f"{self.full_address}({', '.join(values)})"
+
+
+@functools.lru_cache(1024)
+def _relative(path: str, folder: str) -> str:
+    return os.path.relpath(path, folder)
 
 
 def _is_users(frame: FrameType) -> bool:
@@ -151,6 +166,35 @@ class Kernel:
 
     def __repr__(self) -> str:
         return f"<kernel {self.name} ({self.origin})>"
+
+
+class Use:
+    """A kernel in use for the calls that a selector means; `hits` counts them. In a `with`, no hit is an error."""
+
+    def __init__(self, op: Op, kernel: Kernel, where: Selector):
+        self.op, self.kernel, self.where, self.hits = op, kernel, where, 0
+
+    def remove(self) -> None:
+        """The kernel from before is back. Removing twice is harmless."""
+        with uses_lock:
+            self.op._uses = tuple(use for use in self.op._uses if use is not self)
+
+    def launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        """Count the call and compute it."""
+        with uses_lock:
+            self.hits += 1
+        self.kernel.launch(call, outputs)
+
+    def __enter__(self) -> Use:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.remove()
+        if kind is None and not self.hits:  # it would pass for a kernel that changes nothing
+            raise SelectorError(f"{self!r}: no call of {self.op.name} in this `with` was meant")
+
+    def __repr__(self) -> str:
+        return f"<{self.op.name} by {self.kernel} where {self.where}, {self.hits} hits>"
 
 
 def _read_only(x: Tensor) -> np.ndarray:

@@ -11,6 +11,8 @@ from html import escape
 import numpy as np
 
 from . import quantize, target
+from .quantize import FORMATS
+from .spec import FLOATS
 from .tensor import Tensor
 
 _ALL = 2**20  # elements up to which statistics look at every one
@@ -18,6 +20,9 @@ _CHUNKS, _CHUNK = 1024, 256  # else at so many stretches of so many elements: fe
 _EDGE = 3  # rows and columns shown at each end
 _MAP_ROWS, _MAP_COLUMNS = 32, 64
 _PER_CELL = 4  # sampled rows and columns in a cell of the map of a huge tensor
+_MANY = 32  # values from which on there is a histogram
+_BARS, _BAR, _HIGH = 48, 6, 72  # of the histogram: how many, how wide and how high in pixels
+_OUTLIERS = 6
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,7 @@ class Statistics:
 
 def statistics(tensor: Tensor) -> Statistics:
     """Over all values, or over 262144 of them, spread evenly, when there are more than 1048576."""
-    values = _values(tensor).reshape(-1)
-    if values.size > _ALL:
-        values = values[: values.size // _CHUNKS * _CHUNKS].reshape(_CHUNKS, -1)[:, :_CHUNK].reshape(-1)
+    values = _sampled(_values(tensor))
     seen = values.size
     if values.dtype.kind in "iu":
         nan, inf, finite = 0, 0, values
@@ -49,6 +52,14 @@ def statistics(tensor: Tensor) -> Statistics:
         return Statistics(seen, nan, inf)
     mean, deviation = float(finite.mean(dtype="float64")), float(finite.std(dtype="float64"))
     return Statistics(seen, nan, inf, finite.min().item(), mean, finite.max().item(), deviation)
+
+
+def _sampled(values: np.ndarray) -> np.ndarray:
+    """All values, or stretches of them; flat."""
+    values = values.reshape(-1)
+    if values.size <= _ALL:
+        return values
+    return values[: values.size // _CHUNKS * _CHUNKS].reshape(_CHUNKS, -1)[:, :_CHUNK].reshape(-1)
 
 
 def text(tensor: Tensor) -> str:
@@ -128,27 +139,70 @@ def html(tensor: Tensor) -> str:
     """A header, a table of statistics and a map of the values; readable on light and dark backgrounds."""
     header = f"<div style='font-weight:600;margin-bottom:6px'>{escape(_header(tensor))}{_bytes(tensor.nbytes)}</div>"
     if tensor.size == 0:
-        return _box(header + _small("empty"))
+        return box(header + _small("empty"))
     if tensor.size == 1:
-        return _box(header + escape(_corners(_matrix(tensor), 0)[0]))
+        return box(header + escape(_corners(_matrix(tensor), 0)[0]))
+    found = statistics(tensor)
+    parts = [_listed(_facts(tensor, found)), _map(tensor)]
+    if found.seen >= _MANY and found.least is not None and tensor.dtype in (*FLOATS, *FORMATS):
+        parts += [_histogram(tensor, found), _outliers(tensor, found)]
+    row = "display:flex;flex-wrap:wrap;gap:8px 18px;align-items:flex-start"
+    return box(f"{header}<div style='{row}'>{''.join(parts)}</div>")
+
+
+def _listed(rows: list[tuple[str, str]], title: str = "") -> str:
+    """A small table of names and values."""
     cell = "padding:1px 14px 1px 0;text-align:left;white-space:nowrap;background:none;border:none"
-    rows = "".join(
-        f"<tr style='background:none'><td style='{cell};width:40px;opacity:.65'>{escape(name)}</td>"
+    body = "".join(
+        f"<tr style='background:none'><td style='{cell};opacity:.72'>{escape(name)}</td>"
         f"<td style='{cell};font-variant-numeric:tabular-nums'>{escape(value)}</td></tr>"
-        for name, value in _facts(tensor, statistics(tensor))
+        for name, value in rows
     )
-    look = "border-collapse:collapse;border:none;margin:0;min-width:150px;font-size:12px;color:inherit"
-    table = f"<table style='{look}'>{rows}</table>"
-    return _box(f"{header}<div style='display:flex;gap:18px;align-items:flex-start'>{table}{_map(tensor)}</div>")
+    look = "border-collapse:collapse;border:none;margin:0;min-width:150px;width:auto;font-size:12px;color:inherit"
+    return f"<div>{_small(title) if title else ''}<table style='{look}'>{body}</table></div>"
 
 
-def _box(content: str) -> str:
+def _histogram(tensor: Tensor, found: Statistics) -> str:
+    """How often values are, a bar for each of 48 stretches, on a logarithmic scale."""
+    values = _sampled(_values(tensor)).astype("float64")
+    counts, edges = np.histogram(values[np.isfinite(values)], _BARS, (found.least, found.most))
+    heights = np.rint(np.log1p(counts) / np.log1p(counts.max()) * _HIGH).astype(int)
+    bars = "".join(f"M{i * _BAR} {_HIGH}v-{h}h{_BAR - 1}v{h}z" for i, h in enumerate(heights.tolist()) if h)
+    zero = -edges[0] / (edges[-1] - edges[0]) * _BARS * _BAR if edges[0] < 0 < edges[-1] else None
+    line = "" if zero is None else f"<path d='M{zero:.1f} 0V{_HIGH}' stroke='currentColor' stroke-opacity='.6'/>"
+    drawn = (
+        f"<svg width='{_BARS * _BAR}' height='{_HIGH}' style='display:block;max-width:100%' role='img' "
+        f"aria-label='histogram' fill='currentColor'><path d='{bars}' fill-opacity='.5'/>{line}</svg>"
+    )
+    return f"<div>{drawn}{_small(f'{_number(edges[0])} to {_number(edges[-1])}, log of counts')}</div>"
+
+
+def _outliers(tensor: Tensor, found: Statistics) -> str:
+    """The largest magnitudes and where they are; of a huge tensor among the values that were looked at."""
+    if tensor.spec.format is not None and tensor.size > _ALL:
+        return ""  # the rows that were looked at are not known by their numbers
+    values = _sampled(_values(tensor)).astype("float64")
+    size = np.where(np.isnan(values), np.inf, np.abs(values))
+    largest = np.argpartition(-size, _OUTLIERS)[:_OUTLIERS]
+    rows = []
+    for at in largest[np.lexsort((largest, -size[largest]))].tolist():
+        place = at if tensor.size <= _ALL else at // _CHUNK * (tensor.size // _CHUNKS) + at % _CHUNK
+        index = ", ".join(str(int(i)) for i in np.unravel_index(place, tensor.shape))
+        value, text = values[at].item(), _number(values[at].item())
+        if np.isfinite(value) and found.mean is not None and found.deviation:
+            text += f" ({(value - found.mean) / found.deviation:+.1f} std)"
+        rows.append((f"[{index}]", text))
+    return _listed(rows, "largest magnitudes" + (", of those sampled" if found.seen < tensor.size else ""))
+
+
+def box(content: str) -> str:
+    """A piece of a page: text in one width, in the colours of the page around it."""
     font = "font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;font-size:13px;line-height:1.5"
     return f'<div style="{font};color:inherit">{content}</div>'
 
 
 def _small(content: str) -> str:
-    return f"<div style='font-size:11px;opacity:.65;margin-top:4px'>{escape(content)}</div>"
+    return f"<div style='font-size:11px;opacity:.72;margin-top:4px'>{escape(content)}</div>"
 
 
 def _bytes(count: int) -> str:
@@ -156,7 +210,7 @@ def _bytes(count: int) -> str:
     for larger in ("KiB", "MiB", "GiB"):
         if size >= 1024:
             size, unit = size / 1024, larger
-    return f"<span style='font-weight:400;opacity:.65'>, {size:.4g} {unit}</span>"
+    return f"<span style='font-weight:400;opacity:.72'>, {size:.4g} {unit}</span>"
 
 
 def _map(tensor: Tensor) -> str:

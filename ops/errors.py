@@ -1,8 +1,19 @@
 """What an op says when it cannot do what was asked. Each message repeats what the caller wrote."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .call import Call
+
 
 class OpError(ValueError):
     """The base: an op call that cannot be carried out."""
+
+    announced = False  # to `on_error`
 
 
 class ShapeError(OpError):
@@ -19,3 +30,19 @@ class SelectorError(OpError):
 
 class KernelError(RuntimeError):
     """A kernel that does not compile, cannot be loaded, or failed while it ran."""
+
+    announced = False
+
+
+on_error: Callable[[Exception, Call], None] | None = None  # gets an op's error where it is raised, before it goes on
+
+
+def announce(error: OpError | KernelError, call: Call) -> None:
+    """Hand an op's error to `on_error`; once, however many ops it passes through."""
+    if error.announced:
+        return
+    error.announced = True
+    if on_error is not None:
+        on_error(error, call)
+    elif os.environ.get("LIMPID_ON_ERROR"):
+        error.add_note("LIMPID_ON_ERROR is heard by the debugging tools, which were not loaded: import debug")

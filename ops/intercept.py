@@ -45,13 +45,16 @@ class Interceptor:
 
 _lock = threading.Lock()
 _handles: tuple[Handle, ...] = ()
-_installed: tuple[Interceptor, ...] = ()
+_installed: tuple[Interceptor, ...] = ()  # all of the process
+_innermost: tuple[Interceptor, ...] = ()  # those of them that stand inside those of `with`
 _local: ContextVar[tuple[Interceptor, ...]] = ContextVar("limpid_interceptors", default=())
 
 
 def chain() -> tuple[Interceptor, ...]:
-    """What is switched on here: interceptors of the process first (outermost), then those of `with`."""
-    return _installed + _local.get() if _installed else _local.get()
+    """What is switched on here, outermost first: of the process, of `with`, then what was installed `innermost`."""
+    if not _installed:
+        return _local.get()
+    return _installed[: len(_installed) - len(_innermost)] + _local.get() + _innermost
 
 
 @contextmanager
@@ -67,22 +70,27 @@ def intercepted(*interceptors: Interceptor) -> Iterator[None]:
 class Handle:
     """What `install` gives; `remove()` undoes that installation, once or more often."""
 
-    def __init__(self, interceptor: Interceptor):
-        self.interceptor = interceptor
+    def __init__(self, interceptor: Interceptor, innermost: bool = False):
+        self.interceptor, self.innermost = interceptor, innermost
 
     def remove(self) -> None:
         with _lock:
             _set(tuple(each for each in _handles if each is not self))
 
 
-def install(interceptor: Interceptor) -> Handle:
-    """Switch an interceptor on for the whole process, all threads, until its handle is removed."""
-    handle = Handle(interceptor)
+def install(interceptor: Interceptor, innermost: bool = False) -> Handle:
+    """Switch an interceptor on for the whole process, all threads, until its handle is removed.
+
+    It stands around those of `with`; with `innermost` inside them, so that they see what it makes of a call.
+    """
+    handle = Handle(interceptor, innermost)
     with _lock:
         _set((*_handles, handle))
     return handle
 
 
 def _set(handles: tuple[Handle, ...]) -> None:
-    global _handles, _installed
-    _handles, _installed = handles, tuple(each.interceptor for each in handles)
+    global _handles, _installed, _innermost
+    outer = tuple(each.interceptor for each in handles if not each.innermost)
+    inner = tuple(each.interceptor for each in handles if each.innermost)
+    _handles, _installed, _innermost = handles, outer + inner, inner

@@ -9,14 +9,13 @@ stand the NumPy reference, the op's living definition, and the kernel, a functio
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 from . import build, intercept, memory, threads
-from .call import Call, Kernel, as_tuple, raw, signature_line
-from .errors import KernelError, OpError, SelectorError, ShapeError
+from .call import Call, Kernel, Use, as_tuple, raw, signature_line, uses_lock
+from .errors import KernelError, OpError, ShapeError, announce
 from .scope import active, current, pass_call
 from .select import Selector
 from .spec import Dim, Spec
@@ -29,7 +28,6 @@ R = TypeVar("R")
 
 registry: dict[str, Op] = {}
 _MEMO_LIMIT = 16384  # call shapes an op remembers, then it starts afresh
-_uses_lock = threading.Lock()
 _new = object.__new__
 
 
@@ -62,35 +60,6 @@ class Plan:
         self.run(*data)
 
 
-class Use:
-    """A kernel in use for the calls that a selector means; `hits` counts them. In a `with`, no hit is an error."""
-
-    def __init__(self, op: Op, kernel: Kernel, where: Selector):
-        self.op, self.kernel, self.where, self.hits = op, kernel, where, 0
-
-    def remove(self) -> None:
-        """The kernel from before is back. Removing twice is harmless."""
-        with _uses_lock:
-            self.op._uses = tuple(use for use in self.op._uses if use is not self)
-
-    def launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
-        """Count the call and compute it."""
-        with _uses_lock:
-            self.hits += 1
-        self.kernel.launch(call, outputs)
-
-    def __enter__(self) -> Use:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.remove()
-        if kind is None and not self.hits:  # it would pass for a kernel that changes nothing
-            raise SelectorError(f"{self!r}: no call of {self.op.name} in this `with` was meant")
-
-    def __repr__(self) -> str:
-        return f"<{self.op.name} by {self.kernel} where {self.where}, {self.hits} hits>"
-
-
 class Op(Generic[P, R]):
     """An op: call it with tensors. `reference`, `tir`, `source`, `spec` show what it is; `use` replaces its kernel."""
 
@@ -121,7 +90,8 @@ class Op(Generic[P, R]):
         counts = current.get().counts
         name = self.name
         counts[name] = counts.get(name, 0) + 1
-        specs, data = [], []
+        specs: list[Any] = []
+        data: list[Any] = []
         for each in args:
             if type(each) is Tensor:
                 specs.append(each.spec)
@@ -132,34 +102,38 @@ class Op(Generic[P, R]):
                     data.append(each)
         key = (*specs, *constants.items())
         try:
-            plan = self._plans.get(key)
-        except TypeError as error:
-            raise OpError(f"{self._here}: a constant is a number, a string or a tuple, not {error}") from None
-        if plan is None:
-            plan, args = self._first(key, args, constants)  # type: ignore[assignment]
-            data = raw(args)
-        if self._uses or intercept._installed or intercept._local.get():
-            return self._observed(plan, args)
-        try:
-            spec = plan.output
-            if spec is not None:
-                try:
-                    buffer = spec.free.pop()  # memory.allocate, without its call
-                except IndexError:
-                    buffer = memory.allocate(spec)
-                data.append(buffer.data)
+            try:
+                plan = self._plans.get(key)
+            except TypeError as error:
+                raise OpError(f"{self._here}: a constant is a number, a string or a tuple, not {error}") from None
+            if plan is None:
+                plan, args = self._first(key, args, constants)  # type: ignore[assignment]
+                data = raw(args)
+            if self._uses or intercept._installed or intercept._local.get():
+                return self._observed(plan, args)
+            try:
+                spec = plan.output
+                if spec is not None:
+                    try:
+                        buffer = spec.free.pop()  # memory.allocate, without its call
+                    except IndexError:
+                        buffer = memory.allocate(spec)
+                    data.append(buffer.data)
+                    plan.run(*data)
+                    result = _new(Tensor)  # `_wrap`, without its call
+                    result.spec, result.buffer, result.owner = spec, buffer, None
+                    return result  # type: ignore[return-value]
+                outputs: tuple[Tensor, ...] = ()
+                if plan.outputs:
+                    outputs = tuple([_wrap(spec, memory.allocate(spec)) for spec in plan.outputs])
+                    data += [each.buffer.data for each in outputs]
                 plan.run(*data)
-                result = _new(Tensor)  # `_wrap`, without its call
-                result.spec, result.buffer, result.owner = spec, buffer, None
-                return result  # type: ignore[return-value]
-            outputs: tuple[Tensor, ...] = ()
-            if plan.outputs:
-                outputs = tuple([_wrap(spec, memory.allocate(spec)) for spec in plan.outputs])
-                data += [each.buffer.data for each in outputs]
-            plan.run(*data)
-        except Exception as error:
-            self._fail(error, args, constants)
-        return outputs or None  # type: ignore[return-value]
+            except Exception as error:
+                self._fail(error, args, constants)
+            return outputs or None  # type: ignore[return-value]
+        except (OpError, KernelError) as error:
+            announce(error, Call(self, args, constants, current.get(), counts[name] - 1))
+            raise
 
     def _observed(self, plan: Plan, args: tuple) -> Any:
         """The same call when a tool looks on, or another kernel is in use. The rule has spoken already."""
@@ -176,8 +150,12 @@ class Op(Generic[P, R]):
 
         return pass_call(active(scope), call, launch)
 
+    def used_for(self, call: Call) -> Use | None:
+        """Which `use` computes a call of this op; None when it is the op's own kernel."""
+        return next((use for use in reversed(self._uses) if use.where.matches(call)), None)
+
     def _launch(self, plan: Plan, call: Call) -> Any:
-        use = next((use for use in reversed(self._uses) if use.where.matches(call)), None)
+        use = self.used_for(call)
         try:
             outputs = tuple(_wrap(spec, memory.allocate(spec)) for spec in plan.outputs)
             if use is None:
@@ -351,7 +329,7 @@ class Op(Generic[P, R]):
             else:
                 raise OpError(f"{self.name}.use takes a Kernel, a PrimFunc or a function, not {type(kernel).__name__}")
         use = Use(self, kernel, Selector(where))
-        with _uses_lock:
+        with uses_lock:
             self._uses = (*self._uses, use)
         return use
 

@@ -14,13 +14,13 @@ A function of the `Call`, an op, a list of selectors, or None (every call) also 
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .errors import SelectorError
-from .spec import DTYPES
-from .tensor import Tensor
+from .spec import DTYPES, Spec
 
 if TYPE_CHECKING:
     from .call import Call
@@ -35,6 +35,13 @@ class Selector:
     def __init__(self, where: Any = None):
         self.where = where
         self.matches: Callable[[Call], bool] = _compile(where)
+
+    def nearest(self, addresses: Iterable[str], count: int = 5) -> list[str]:
+        """Of the addresses of calls, and the modules they are made in, those that are spelt most like the selector."""
+        if not isinstance(self.where, str):
+            return []
+        known = dict.fromkeys(each for address in addresses for each in (address, address.partition("/")[0]) if each)
+        return difflib.get_close_matches(self.where, known, count, 0.4)
 
     def __repr__(self) -> str:
         return "every call" if self.where is None else repr(self.where)
@@ -117,7 +124,8 @@ def _word(word: str, text: str) -> Callable[[Call], bool]:
         )
 
     def matches(call: Call) -> bool:
-        first = next((each for each in call.args if isinstance(each, Tensor)), None)
+        specs = (getattr(each, "spec", each) for each in call.args)  # of a recorded call they are all that is left
+        first = next((each for each in specs if isinstance(each, Spec)), None)
         if first is None:
             return False
         given = {"dtype": first.dtype, "rows": str(first.shape[0] if first.shape else 1)}
