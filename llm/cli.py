@@ -1,4 +1,4 @@
-"""The command `limpid`: generate, chat, info, bench, cache. What it prints is for people; errors are one line."""
+"""The command `limpid`: generate, chat, info, bench, cache, ... What it prints is for people; errors are one line."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ def info(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="dispatch, ops, gemv, decode or prefill")] = "decode",
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="dispatch, ops, gemv, decode, prefill or debug")
+    ] = "decode",
     shape: Annotated[str, _option("--shape", metavar="NAME", help="tiny, 135m, llama-1b or 3b")] = "tiny",
     dtype: Annotated[str, _option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16")] = "float32",
     weights: Weights = None,
@@ -154,7 +156,56 @@ def bench(
     """Measure this machine: medians over interleaved repetitions."""
     from .bench import run
 
-    run(what, shape, dtype, weights, json)
+    run(what, shape, dtype, weights, json, _tools)
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a llama2.c .bin, or a Hub name")
+    ] = "tiny",
+    ref: Annotated[
+        str, _option("--ref", metavar="REF", help="hf (transformers), float64, or a folder or file of right weights")
+    ] = "float64",
+    html: Annotated[str | None, _option("--html", metavar="FILE", help="write a page, too")] = None,
+    seconds: Annotated[float, _option("--seconds", metavar="N", help="about how long to look")] = 60.0,
+    dtype: DType = None,
+    weights: Weights = None,
+    revision: Revision = None,
+) -> None:
+    """Find what is wrong with a model, by a reference: exit code 0 when nothing is, 1 with the culprit's name."""
+    from debug.diagnosis import doctor as diagnose
+
+    loaded = _load(model, dtype, weights, "cpu", revision)
+    found = diagnose(loaded, _reference(model, ref, revision), seconds=seconds)
+    if html is not None:
+        found.save_html(html)
+    typer.echo(str(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _reference(model: str, ref: str, revision: str | None) -> Any:
+    """What `doctor` compares with: its own "float64", a model of transformers, or weights by name."""
+    from debug import huggingface
+
+    from .weights import read_directory, read_file, resolve
+
+    if ref == "float64":
+        return ref
+    if ref == "hf":
+        folder = resolve(model, revision)
+        if not folder.is_dir():
+            raise UserError(f"--ref hf: transformers does not read {folder}: give a folder in Hugging Face's layout")
+        try:
+            return huggingface.load(folder)
+        except OpError as error:
+            raise UserError(f"--ref hf: {error}") from None
+    if os.path.isdir(ref):
+        return read_directory(ref)
+    if os.path.isfile(ref):
+        return read_file(ref)
+    raise UserError(f"--ref {ref}: expected hf, float64, or a folder or file of safetensors weights")
 
 
 @app.command()
@@ -173,12 +224,34 @@ def cache(
             typer.echo(f"removed {counted(each.clear(), each)} from {each.directory()}")
 
 
+@app.command()
+def replay(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a file that debug.repro or crash capture left")],
+    trust: Annotated[bool, typer.Option("--trust", help="run the kernel source that came with it")] = False,
+) -> None:
+    """Run a recorded call again, in a process of its own: exit code 0 when it does the same, 1 when it does not."""
+    from debug import verdict
+
+    try:
+        found = verdict.replay(bundle, trust)
+    except OpError as error:
+        raise UserError(str(error)) from None
+    typer.echo(str(found))
+    raise typer.Exit(found.code)
+
+
 def _stdin() -> str:
     """What is piped in, without the newline at its end."""
     try:
         return sys.stdin.read().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not {error.encoding} text: {error.reason} at byte {error.start}") from None
+
+
+def _tools() -> Any:
+    from debug import overhead
+
+    return overhead.tools()
 
 
 def _load(model: str, dtype: str | None, weights: str | None, device: str, revision: str | None) -> Any:
@@ -229,7 +302,7 @@ def _closing_line(stream: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what a person can put right is one line and exit code 2."""
+    """Run the command line; an error is one line: with exit code 2 what a person can put right, with 1 the rest."""
     given = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
@@ -240,15 +313,17 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error.format_message())
     except UserError as error:
         _fail(str(error))
+    except (OpError, KernelError) as error:
+        _fail(str(error), code=1)
     except BrokenPipeError:  # the reader of a pipe has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     typer.echo(f"limpid: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def html(tensor: Tensor) -> str:
     found = statistics(tensor)
     parts = [_listed(_facts(tensor, found)), _map(tensor)]
     if found.seen >= _MANY and found.least is not None and tensor.dtype in (*FLOATS, *FORMATS):
-        parts += [_histogram(tensor, found), _outliers(tensor, found)]
+        parts += [_histogram(tensor), _outliers(tensor, found)]
     row = "display:flex;flex-wrap:wrap;gap:8px 18px;align-items:flex-start"
     return box(f"{header}<div style='{row}'>{''.join(parts)}</div>")
 
@@ -162,10 +162,10 @@ def _listed(rows: list[tuple[str, str]], title: str = "") -> str:
     return f"<div>{_small(title) if title else ''}<table style='{look}'>{body}</table></div>"
 
 
-def _histogram(tensor: Tensor, found: Statistics) -> str:
+def _histogram(tensor: Tensor) -> str:
     """How often values are, a bar for each of 48 stretches, on a logarithmic scale."""
     values = _sampled(_values(tensor)).astype("float64")
-    counts, edges = np.histogram(values[np.isfinite(values)], _BARS, (found.least, found.most))
+    counts, edges = np.histogram(values[np.isfinite(values)], _BARS)
     heights = np.rint(np.log1p(counts) / np.log1p(counts.max()) * _HIGH).astype(int)
     bars = "".join(f"M{i * _BAR} {_HIGH}v-{h}h{_BAR - 1}v{h}z" for i, h in enumerate(heights.tolist()) if h)
     zero = -edges[0] / (edges[-1] - edges[0]) * _BARS * _BAR if edges[0] < 0 < edges[-1] else None
