@@ -181,9 +181,9 @@ def compare(a: Any, b: Any, ids: Sequence[int], tolerance: float | None = None) 
     Limpid's, and when it is `b` alone the two change places. `tolerance` is the bound of what a call may introduce,
     relative to max|reference|; default: that of kernels in the coarser of both dtypes.
     """
-    if not _is_ours(a) and _is_ours(b):
+    if not is_ours(a) and is_ours(b):
         a, b = b, a
-    if not _is_ours(a):
+    if not is_ours(a):
         raise ops.OpError(f"compare takes a Limpid model, a Run of one and what to compare it with, not {a!r}, {b!r}")
     run = a if isinstance(a, Run) else Run(a)
     ids = [int(each) for each in ids]
@@ -198,7 +198,8 @@ def compare(a: Any, b: Any, ids: Sequence[int], tolerance: float | None = None) 
     return comparison
 
 
-def _is_ours(side: Any) -> bool:
+def is_ours(side: Any) -> bool:
+    """True for a Limpid model, and a Run of one."""
     return isinstance(side, Run) or (hasattr(side, "new_cache") and hasattr(side, "parameters") and not is_torch(side))
 
 
@@ -217,7 +218,7 @@ def values_of(reference: Any, model: Any, ids: Sequence[int]) -> Values:
         return definition_values(model, ids)
     if is_torch(reference):
         return HuggingFace(reference, model.base).run(ids)
-    if not _is_ours(reference):
+    if not is_ours(reference):
         raise ops.OpError(f"{reference!r} is no reference: give 'float64', a model of transformers, a Limpid model")
     run = reference if isinstance(reference, Run) else Run(reference)
     with run.on():

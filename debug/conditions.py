@@ -54,7 +54,7 @@ def above(x: float) -> Condition:
     return condition
 
 
-def diverges(tolerance: float | None = None) -> Condition:
+def diverges(tolerance: float | Call | None = None) -> Any:
     """The output, or what is written, is further from the NumPy reference on the same inputs than `tolerance`.
 
     Relative to max|reference|; None is the bound of a kernel in that dtype. `when=diverges` is the same as
@@ -62,13 +62,14 @@ def diverges(tolerance: float | None = None) -> Condition:
     """
     if isinstance(tolerance, Call):
         return diverges()(tolerance)
+    given: float | None = tolerance
 
     def condition(call: Call) -> Callable[[Any], str]:
         wanted = expected(call)
 
         def judge(output: Any) -> str:
             for (name, each), reference in zip(results(call, output).items(), wanted, strict=True):
-                allowed = bound(each) if tolerance is None else tolerance
+                allowed = bound(each) if given is None else given
                 found = difference(each.numpy(), reference, each.dtype)
                 if not found.error <= allowed:
                     return f"{name} is not what the reference gives: {found}; tolerance {allowed:g}"

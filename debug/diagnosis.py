@@ -43,7 +43,8 @@ def doctor(
 
     `ids` are token ids of the text that is used; random ones when None.
     """
-    if isinstance(reference, str) and reference != "float64":
+    known = reference == "float64" if isinstance(reference, str) else isinstance(reference, Mapping)
+    if not known and not is_torch(reference) and not hasattr(reference, "parameters"):
         raise ops.OpError(f"the reference is {reference!r}, expected 'float64', a model or a mapping of weights")
     return _Doctor(model, reference, ids, seconds).diagnosis()
 

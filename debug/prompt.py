@@ -199,7 +199,7 @@ def _attach(debugger: pdb.Pdb, commands: dict[str, Command]) -> None:
         shown = [each for each in stack if each is here or not is_runtime(each[0])]
         return (stack, index) if is_runtime(here[0]) else (shown, shown.index(here))
 
-    debugger.get_stack = looking_past
+    debugger.get_stack = looking_past  # pyright: ignore[reportAttributeAccessIssue]
     debugger.stop_here = lambda frame: (frame is debugger.stopframe or not _below_runtime(frame)) and stop_here(frame)
 
 

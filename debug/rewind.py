@@ -160,7 +160,7 @@ class Pass:
 
     def edited(self, key: Key, call: Call) -> Call:
         """The call as the edits made before its launch have it."""
-        edits = self.edits.get(Place(key, "before"))
+        edits = self.edits.get(Place(key, "before")) if self.edits else None
         if edits is None:
             return call
         if edits.args or edits.constants:
@@ -170,8 +170,10 @@ class Pass:
 
     def edited_output(self, key: Key, call: Call, output: Any) -> Any:
         """The output as the edits made after the launch have it."""
-        edits = self.edits.get(Place(key, "after"))
-        if edits is not None and edits.output is not None:
+        edits = self.edits.get(Place(key, "after")) if self.edits else None
+        if edits is None:
+            return output
+        if edits.output is not None:
             output = edits.output
         self.redo(Place(key, "after"), call, output)
         return output
@@ -187,7 +189,9 @@ class Pass:
 
     def watch(self, call: Call, output: Any) -> Watched:
         """The tensors that a prompt may change: inputs and output of the call, and results that somebody still has."""
-        found = {("input", name): each for name, each in call.inputs.items() if isinstance(each, Tensor)}
+        found: dict[tuple[str, Any], Tensor] = {
+            ("input", name): each for name, each in call.inputs.items() if isinstance(each, Tensor)
+        }
         found |= {("output", i): each for i, each in enumerate(tensors(output))}
         for step in self.steps.values():
             results = tuple(tensors(step.output))
@@ -206,7 +210,7 @@ class Pass:
 
     def save(self, call: Call) -> None:
         """Remember what the launch is about to overwrite."""
-        for tensor in call.written.values():
+        for tensor in call.written.values() if call.op.writes else ():
             self._save(*_part(call, tensor))
 
     def mark(self) -> int:
@@ -333,5 +337,5 @@ def _part(call: Call, tensor: Tensor) -> tuple[np.ndarray, Any]:
 def _digest(output: Any) -> int:
     digest = 0
     for each in tensors(output):
-        digest = zlib.crc32(to_bytes(each), digest)
+        digest = zlib.crc32(to_bytes(each).data, digest)
     return digest

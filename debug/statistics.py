@@ -39,9 +39,9 @@ class Moments:
 
     def read(self) -> Statistics:
         """The statistics."""
-        found, counts = (np.from_dlpack(each.data).tolist() for each in self._buffers)
-        least, most, mean, deviation = found if sum(counts) < self._size else [None] * 4
-        return Statistics(self._size, *counts, least, mean, most, deviation)
+        found, (nan, infinite) = (np.from_dlpack(each.data).tolist() for each in self._buffers)
+        least, most, mean, deviation = found if nan + infinite < self._size else [None] * 4
+        return Statistics(self._size, nan, infinite, least, mean, most, deviation)
 
 
 def taken(tensor: Tensor) -> Moments | None:

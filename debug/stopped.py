@@ -71,7 +71,7 @@ class Stopped:
 
     def _arrived(self, phase: str) -> bool:
         """Whether this is where the rewind that is under way stops."""
-        if self.step is None or self.run.place != Place(self.step.key, phase):
+        if self.run.place is None or self.step is None or self.run.place != Place(self.step.key, phase):
             return False
         self.run.place = None
         return True
@@ -199,6 +199,7 @@ class Stopped:
 
 
 def _fitted(output: Any, call: Call) -> Any:
-    given = output if isinstance(output, tuple) and len(call.outputs) > 1 else (output,)
-    fit = tuple(fitting(each, spec, "output") for each, spec in zip(given, call.outputs, strict=True))
-    return fit if len(fit) > 1 else fit[0]
+    """What was assigned to `output`, as the op gives it."""
+    if len(call.outputs) == 1:
+        return fitting(output, call.outputs[0], "output")
+    return tuple(fitting(each, spec, "output") for each, spec in zip(output, call.outputs, strict=True))

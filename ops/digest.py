@@ -10,6 +10,7 @@ import functools
 import hashlib
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
@@ -24,14 +25,20 @@ _HERE, _PYTHONS = Path(__file__).parent, Path(functools.__file__).parent
 _SHARED_SOURCES = ("build.py", "packed.py", "quantize.py", "target.py", "tir.py", "schedule/*.py")
 _PLAIN = (int, float, complex, str, bytes, type(None), np.dtype, np.generic, np.ufunc, Spec, Dim)
 _INSTALLED = {"site-packages", "dist-packages"}
+_lock = threading.Lock()
 
 
-@functools.cache
 def source_digest(builders: tuple[Callable, ...]) -> str:
     """Of the functions that make a kernel: their files, and all that they refer to.
 
-    A value that cannot be told apart from others, and what is written in a notebook, is new each time.
+    A value that cannot be told apart from others, and what is written in a notebook, is new for every process.
     """
+    with _lock:  # two threads that ask at once must be told the same
+        return _digest(builders)
+
+
+@functools.cache
+def _digest(builders: tuple[Callable, ...]) -> str:
     result, seen = hashlib.sha256(_shared()), set[int]()
     for builder in builders:
         for part in _parts(builder, frozenset(), seen):
@@ -86,7 +93,7 @@ def _opened(value: Any, names: frozenset[str]) -> tuple[bytes, list[Any], frozen
     if isinstance(value, Op):
         return value.name.encode(), [*value.builders], names
     if isinstance(value, tirx.PrimFunc):
-        return value.script().encode(), [], names
+        return value.script().encode(), [], names  # pyright: ignore[reportAttributeAccessIssue]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return kind, [type(value), *[getattr(value, each.name) for each in dataclasses.fields(value)]], names
     return secrets.token_bytes(16), [], names

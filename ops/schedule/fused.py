@@ -146,7 +146,7 @@ class Block:
             loops.append(nest.loop_var)
             nest = nest.body
         block = getattr(nest, "block", None)
-        store = getattr(block, "body", None)
+        store: Any = getattr(block, "body", None)
         if block is None or not isinstance(store, tirx.BufferStore) or not _all_same(nest.iter_values, loops):
             raise KernelError(f"{getattr(block, 'name_hint', type(nest).__name__)} is no block of one assignment")
         self.name, self.product = block.name_hint, block.annotations.get("product")

@@ -124,7 +124,7 @@ class Limpid:
             rows, positions = ops.tensor(values.astype("float32"), self.dtype), cache.extend(context)
             for i in range(c.num_hidden_layers):
                 cache[i].write(rows, rows, positions)
-            cache.commit(context)
+            cache.commit(ops.zeros((context,), "int32"))
             timed(lambda: self._step(cache), 0, steps + WARM)
             cache.truncate(context)
             self._filled[context] = cache

@@ -43,7 +43,7 @@ def _chosen(name: str, only: list[str] | None) -> bool:
 
 
 def _shown(console: Console, title: str, hunts: Iterable[Hunt], failed: str) -> list[Hunt]:
-    """Take the hunts one after the other, with a table that grows."""
+    """Take the hunts one after the other, with a table that grows; where it cannot, with a line for each before it."""
     table = Table("name", "", "what was found; what of it is wrong", "s", title=title, expand=True)
     done = []
     with Live(table, console=console, auto_refresh=False, vertical_overflow="visible") as live:
@@ -54,6 +54,8 @@ def _shown(console: Console, title: str, hunts: Iterable[Hunt], failed: str) -> 
             state = "[green]ok[/]" if each.verdict.found else failed
             table.add_row(escape(each.name), state, "\n".join([*said, *wrong]), f"{each.seconds:.1f}")
             live.refresh()
+            if not console.is_terminal:
+                print(f"{'ok  ' if each.verdict.found else 'FAIL'} {each.seconds:6.1f} s  {each.name}", flush=True)
     return done
 
 

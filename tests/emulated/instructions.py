@@ -64,7 +64,7 @@ def vdpbf16ps(arithmetic: vector.Arithmetic, a: Vector, b: Vector, total: Vector
     sixteen, upper = (T.broadcast(tirx.const(value, "uint32"), lanes) for value in (16, 0xFFFF0000))
     odd = [tirx.reinterpret(f"float32x{lanes}", each & upper) for each in words]
     even = [tirx.reinterpret(f"float32x{lanes}", each << sixteen) for each in words]
-    return vector.fma(*even, vector.fma(*odd, total, lanes), lanes)
+    return vector.fma(even[0], even[1], vector.fma(odd[0], odd[1], total, lanes), lanes)
 
 
 _ARITHMETIC: dict[str, Callable[..., Vector]] = {

@@ -16,7 +16,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-import llm
+import llm.weights.safetensors as format_module
 from llm.errors import CheckpointError
 from llm.weights import read_directory, read_file, write_directory, write_file
 from llm.weights.safetensors import DTYPES
@@ -351,7 +351,7 @@ def test_the_flag_of_a_map_larger_than_memory_is_linuxs(monkeypatch: pytest.Monk
     monkeypatch.delattr(mmap, "MAP_NORESERVE", raising=False)
     for platform, flag in (("linux", 0x4000), ("darwin", 0)):
         monkeypatch.setattr(sys, "platform", platform)
-        assert runpy.run_path(llm.weights.safetensors.__file__)["_NO_RESERVE"] == flag
+        assert runpy.run_path(str(format_module.__file__))["_NO_RESERVE"] == flag
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/etc/passwd", "a/x.safetensors", "..", ".", "", "x\0y"])

@@ -15,7 +15,7 @@ import pytest
 from tvm.script import tirx as T
 
 import ops
-from ops import Dim, KernelError, Spec, build
+from ops import Dim, KernelError, Spec, build, digest
 from ops.store import kernels as store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def source(tmp_path) -> Path:
 def load(source: Path):
     """The module as a process that has just started sees it: nothing in memory."""
     build._memo.clear()
-    build.source_digest.cache_clear()
+    digest._digest.cache_clear()
     linecache.checkcache()
     spec = importlib.util.spec_from_file_location("temp_op", source)
     assert spec and spec.loader

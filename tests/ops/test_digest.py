@@ -12,7 +12,7 @@ import pytest
 
 import ops
 from ops import build
-from ops.digest import source_digest
+from ops.digest import _digest, source_digest
 
 FACTORY = """
 import ops
@@ -81,7 +81,7 @@ def load(tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, name, raising=False)
         monkeypatch.setattr(build, "_memo", {})
         monkeypatch.setattr(build, "log", [])
-        source_digest.cache_clear()
+        _digest.cache_clear()
         importlib.invalidate_caches()
         return importlib.import_module("factory")
 
@@ -125,7 +125,7 @@ def digests(*values) -> list[str]:
     """Of one builder with each of the values in it; twice, as two processes would make them."""
     made = []
     for _ in range(2):
-        source_digest.cache_clear()
+        _digest.cache_clear()
         made.append([source_digest((builder(each),)) for each in values])
     assert made[0] == made[1]
     return made[0]
@@ -154,7 +154,7 @@ def local():
 
 @pytest.mark.parametrize("value", [object(), np.ones(3), Path("a"), local(), local()(2.0)], ids=str)
 def test_what_cannot_be_told_is_never_the_same(value):
-    source_digest.cache_clear()
+    _digest.cache_clear()
     assert source_digest((builder(value),)) != source_digest((builder(value),))
 
 

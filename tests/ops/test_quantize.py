@@ -126,6 +126,6 @@ def test_what_cannot_be_packed_is_refused():
     for bits in (4, 8):
         with pytest.raises(DTypeError, match="expected one a code, of 2 or 4 bits"):
             Format("levels", bits=bits, levels=(0,) * (2 if bits == 4 else 256))
-    for wide in ({"bits": 8}, {"bits": 8, "offset": 256}, {"bits": 2, "levels": (0, 1, 2, 300)}):
+    for bits, offset, levels in ((8, 0, None), (8, 256, None), (2, 0, (0, 1, 2, 300))):
         with pytest.raises(DTypeError, match="expected -128 to 127"):
-            Format("wide", **wide)
+            Format("wide", bits=bits, offset=offset, levels=levels)
