@@ -53,6 +53,7 @@ class _Tile:
         self.q, self.mixed, self.weight = scratch(a.dim), scratch(self.v_dim), scratch(KEYS)
         self.k, self.v = scratch(KEYS, a.dim), scratch(KEYS, self.v_dim)
         self.top, self.total, self.decay = scratch(1), scratch(1), scratch(1)
+        self.odd = scratch(1, self.lanes)  # of a block: zeros, or a NaN where a value is not finite
         self.position = scratch(1, dtype="int32")
 
     def emit(self) -> None:
@@ -61,20 +62,31 @@ class _Tile:
         with T.serial(0, T.ceildiv(stop - low, i32(KEYS))) as block:
             start = T.bind(low + block * i32(KEYS))
             count = T.bind(tirx.min(stop - start, i32(KEYS)))
+            vector.store(self.odd, [i32(0), i32(0)], vector.zeros(self.lanes), self.lanes)
             with T.serial(0, count) as key:
                 row = T.bind((start + key).astype("int64"))
                 self._copy(a.k, row, self.k, key)
-                self._copy(a.v, row, self.v, key)
+                self._copy(a.v, row, self.v, key, odd=self.odd)
             self._over_columns(self.lanes * len(self.offsets), lambda c: self._scores(c, count))
             self._over_columns(self.lanes, lambda c: self._softmax(c, start, count))
-            self._over_columns(self.lanes * len(self.offsets), lambda c: self._mix(c, count))
+            odd = vector.lane_sums([vector.load(self.odd, [i32(0), i32(0)], self.lanes)], self.lanes)
+            with T.If(odd == tir.f32(0.0)):
+                with T.Then():
+                    self._over_columns(self.lanes * len(self.offsets), lambda c: self._mix(c, count))
+                with T.Else():
+                    self._over_columns(self.lanes, lambda c: self._mix_seen(c, count))
         self._over_columns(
             self.lanes, lambda c: _repeat_blocks(a.v_dim, self.lanes, lambda d, w: self._finish(c, d, w))
         )
 
-    def _copy(self, source: Any, row: Any, copy: Any, key: Any) -> None:
+    def _copy(self, source: Any, row: Any, copy: Any, key: Any, odd: Any = None) -> None:
         def part(d: Any, width: int) -> None:
-            _put(copy, [key, d], _load(source, [row, self.h, d], width))
+            values = held(_load(source, [row, self.h, d], width))
+            _put(copy, [key, d], values)
+            if odd is not None:
+                before = _load(odd, [i32(0), i32(0)], width)
+                zero = vector.zeros(width) if width > 1 else tir.f32(0.0)
+                _put(odd, [i32(0), i32(0)], vector.fma(values, zero, before, width))  # TVM would fold values * 0
 
         _repeat_blocks(int(source.shape[2]), self.lanes, part)
 
@@ -168,6 +180,17 @@ class _Tile:
             sums = self._product(c, count, lambda r, key: self.v[key, row + i32(r)], self.weight, before)
             for (r, j), total in sums.items():
                 vector.store(self.mixed, [row + i32(r), c + i64(j)], total.value, self.lanes)
+
+    def _mix_seen(self, c: Any, count: Any) -> None:
+        """As `_mix`, of values that are not all finite: what a query gives no weight is nothing to it, also a NaN."""
+        decay = held(vector.load(self.decay, [i32(0), c], self.lanes))
+        with T.serial(0, self.a.v_dim) as d:
+            total = Register(vector.load(self.mixed, [d, c], self.lanes) * decay)
+            with T.serial(0, count) as key:
+                weight = held(vector.load(self.weight, [key, c], self.lanes))
+                more = held(vector.fma(T.broadcast(self.v[key, d], self.lanes), weight, total.value, self.lanes))
+                total.value = tirx.Select(weight > vector.zeros(self.lanes), more, total.value)
+            vector.store(self.mixed, [d, c], total.value, self.lanes)
 
     def _finish(self, c: Any, d: Any, width: int) -> None:
         """Dims d to d + width of a vector of queries, from c on, to where they belong in the output."""

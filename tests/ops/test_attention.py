@@ -133,6 +133,22 @@ def test_values_that_are_not_finite(rng, bad, n, t):
             check(ops.attention, *arrays, **constants((4, 2, 32, 32)))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("layout", ["gqa", "odd"])
+@pytest.mark.parametrize("n, window", [(2, None), (3, None), (20, 5), (40, None)])
+def test_what_a_query_does_not_see_may_be_anything(rng, n, window, layout, bad):
+    """The last row is seen by the last query alone; with a window, the first row by the first queries alone."""
+    layout = LAYOUTS[layout]
+    for which, row in [(1, -1), (2, -1), *([(1, 0), (2, 0)] if window else [])]:
+        arrays = inputs(rng, n, layout, n)
+        clean = ops.attention(*map(ops.tensor, arrays), **constants(layout, window)).numpy().copy()
+        arrays[which][row] = bad
+        with np.errstate(invalid="ignore"):
+            out = check(ops.attention, *arrays, **constants(layout, window)).numpy()
+        blind = slice(0, n - 1) if row else slice(window, None)
+        assert np.array_equal(out[blind], clean[blind])
+
+
 def test_decode_does_not_depend_on_the_threads(rng):
     arrays = inputs(rng, 1, (32, 8, 64, 64), 700, 690, cache="float16")
     build = ops.attention._request(tuple(map(ops.tensor, arrays)), constants((32, 8, 64, 64)))
