@@ -4,8 +4,10 @@ from . import threads
 
 threads.configure()  # TVM, which the others import, takes its settings from the environment
 
+from . import tvm_import  # noqa: F401  isort: skip
 from . import build, ceilings, memory, scope, select, spec, target
-from .attention import attention, mix, scores, softmax_with_sinks
+from .attention import attention
+from .attention_steps import mix, scores, softmax_with_sinks
 from .call import Call, Kernel
 from .embedding import cache_write, concat, embedding
 from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError
