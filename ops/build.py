@@ -140,8 +140,16 @@ def _load_or_compile(request: Request, key: str) -> Callable:
         started = time.perf_counter()
         executable = _compile(request)
         log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
-        store.kernels.put(key, f"{request.op.name}({request.arguments})", functools.partial(_write, executable.mod))
-        return executable[request.op.name]
+        linked = []
+
+        def write(folder: Path) -> Path:
+            path = _write(executable.mod, folder)
+            if path.suffix == ".so":
+                linked.append(tvm.runtime.load_module(str(path)))
+            return path
+
+        store.kernels.put(key, f"{request.op.name}({request.arguments})", write)
+        return (linked or [executable])[0][request.op.name]  # TVM's own would generate the machine code once more
 
 
 def _write(module: Any, folder: Path) -> Path:

@@ -124,7 +124,12 @@ class Store:
         except OSError:
             _remove(folder, key)
             return
-        self._trim(folder, keep=key)
+        size = (folder / f"{key}{path.suffix}").stat().st_size
+        if folder not in _unchecked or _unchecked[folder] + size > self.limit() // 64:
+            _unchecked[folder] = 0
+            self._trim(folder, keep=key)
+        else:
+            _unchecked[folder] += size
 
     def keep(self, name: str, text: str) -> None:
         """Keep a short text under a name of its own, atomically, where the cache can be written."""
@@ -165,6 +170,9 @@ class Store:
             elif path.is_dir():  # left behind by a process that was killed
                 shutil.rmtree(path, ignore_errors=True)
         return count
+
+
+_unchecked: dict[Path, int] = {}  # bytes that this process put into a folder since it last added up all that is there
 
 
 def _remove(folder: Path, key: str) -> None:
