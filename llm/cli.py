@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -274,17 +277,40 @@ def _sampling(temp: float, top_k: int, top_p: float, min_p: float, penalty: floa
 def _print(stream: Any, prompt: str = "") -> str:
     """Print the prompt and the pieces as they come; Ctrl-C ends the text, not the program."""
     said, waiting = "", prompt  # the prompt waits for the first piece: until then a progress bar has the line
-    try:
-        for piece in stream:
-            said += piece
-            text, waiting = waiting + piece, ""  # first, so that an interrupted write does not say it again
-            sys.stdout.write(text)
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        stream.finish_reason = "interrupted"
+    with _ctrl_c() as pressed:
+        try:
+            for piece in stream:
+                said += piece
+                text, waiting = waiting + piece, ""  # first, so that an interrupted write does not say it again
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                if pressed:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            stream.finish_reason = "interrupted"
     sys.stdout.write(waiting + "\n")
     sys.stdout.flush()
     return said
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C raises KeyboardInterrupt, and is noted: Python drops what is raised in a finalizer or a callback."""
+    pressed: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: Any) -> None:
+        pressed.append(number)
+        signal.default_int_handler(number, frame)
+
+    if before is not signal.default_int_handler:  # ignored, as under nohup, or another's
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _closing_line(stream: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,23 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(model.save(tmp_path_factory.mktemp("models") / "chatty"))
 
 
-def started(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "llm", *arguments]
+# A process that was started in the background may ignore Ctrl-C, and passes that on.
+COMMAND = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("llm", run_name="__main__", alter_sys=True)
+"""
+
+
+@contextlib.contextmanager
+def started(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command in a process of its own, which does not outlive the test."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **pipes | options)
+    with subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], text=True, **pipes | options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_generate(limpid, chatty):
@@ -166,8 +180,8 @@ def test_stdin_that_is_no_text(limpid, chatty):
     ],
 )
 def test_the_environment_is_checked(name, value, expected):
-    process = started("cache", "show", env=os.environ | {name: value})
-    out, err = process.communicate(timeout=60)
+    with started("cache", "show", env=os.environ | {name: value}) as process:
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert err.startswith(f"limpid: {name} is '{value}', expected {expected}") and err.count("\n") == 1
 
@@ -276,13 +290,12 @@ def test_ctrl_c_ends_the_text_and_not_with_a_traceback(tmp_path):
     model.set_parameter("lm_head.weight", ops.tensor(head))
     talker = str(model.save(tmp_path / "talker"))
     written = tmp_path / "text"
-    with written.open("w") as file:
-        arguments = ("generate", "Begin", "--model", talker, "--max-tokens", "99000", "--temp", "0")
-        process = started(*arguments, stdout=file)
-    while process.poll() is None and written.stat().st_size < 50:  # until it is running
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    arguments = ("generate", "Begin", "--model", talker, "--max-tokens", "99000", "--temp", "0")
+    with written.open("w") as file, started(*arguments, stdout=file) as process:
+        while process.poll() is None and written.stat().st_size < 50:  # until it is running
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     text = written.read_text(errors="replace")
     assert process.returncode == 0, err
     assert text.startswith("Begin")
@@ -292,21 +305,45 @@ def test_ctrl_c_ends_the_text_and_not_with_a_traceback(tmp_path):
     assert err.splitlines()[-1].endswith(", interrupted")
 
 
+class Finalized:
+    """Ctrl-C while Python runs a finalizer, which drops the exception."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) is not signal.default_int_handler, reason="Ctrl-C is not Python's")
+def test_ctrl_c_that_python_drops_ends_the_text_too(capsys):
+    class Stream:
+        finish_reason = ""
+
+        def __iter__(self):
+            for i in range(9):
+                if i == 3:
+                    Finalized()
+                yield str(i)
+
+    stream = Stream()
+    assert cli._print(stream, "text ") == "0123" and stream.finish_reason == "interrupted"
+    assert capsys.readouterr().out == "text 0123\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_closed_pipe_is_no_error(chatty):
-    process = started("generate", "Begin", "--model", chatty, "--max-tokens", "390")
-    assert process.stdout is not None
-    process.stdout.read(6)
-    process.stdout.close()
-    assert process.stderr is not None
-    err = process.stderr.read()
-    assert process.wait(60) == 1
+    with started("generate", "Begin", "--model", chatty, "--max-tokens", "390") as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(6)
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(60) == 1
     assert err == ""
-    process.stderr.close()
 
 
 def test_text_that_the_terminal_cannot_show(chatty):
-    process = started("generate", "é🙂", "--model", chatty, "-n", "3", env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    out, err = process.communicate(timeout=60)
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    with started("generate", "é🙂", "--model", chatty, "-n", "3", env=ascii_only) as process:
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out.startswith("??")
 
