@@ -36,15 +36,36 @@ def check_weights(model: Any, reference: Weights | None) -> tuple[list[Finding],
             shapes[name] = wanted
         elif problem := _problem(weight, wanted, reference):
             wrong[name] = problem
+    wrong |= _left_behind(model, reference) if reference is not None else {}
     count = sum(1 for _ in model.parameters())
     if reference is not None and len(absent) == count:
         raise ops.OpError(
             f"no weight of the reference has a name of ours: it has {', '.join(list(reference)[:3])}, "
             f"expected {', '.join(absent[:3])}"
         )
-    text = f"{count - len(absent)} equal the reference's" if reference is not None else f"{count} hold finite numbers"
+    right = sum(name not in wrong and name not in absent for name, _ in model.parameters())
+    text = f"{right} equal the reference's" if reference is not None else f"{right} hold finite numbers"
     text += f"; not in the reference: {', '.join(absent[:8])}" if absent else ""
     return _located(model, wrong, shapes) if wrong else [], text
+
+
+def _left_behind(model: Any, reference: Weights) -> dict[str, str]:
+    """The reference's weights, by the paths that they would have, of which a module of ours has others but not these.
+
+    Zeros would change nothing; a module that is not ours, such as one that holds a rotary embedding's constants, has
+    no part in it.
+    """
+    ours = dict(model.parameters())
+    modules = {name.rpartition(".")[0]: weight.shape[:1] for name, weight in ours.items()}
+    kinds = sorted({name.rpartition(".")[2] for name in reference})
+    found = {}
+    for path, width in modules.items():
+        for name in (f"{path}.{kind}" if path else kind for kind in kinds):
+            wanted = None if name in ours else reference.find(name, width)
+            if wanted is not None and wanted.ndim and wanted.dtype.name in _WIDTHS and np.any(wanted):
+                largest = float(np.abs(wanted.astype("float64")).max())
+                found[name] = f"the model has none, the reference has {list(wanted.shape)}, up to {largest:.6g}"
+    return found
 
 
 def _problem(weight: Tensor, wanted: np.ndarray | None, reference: Weights | None) -> str | None:
@@ -116,18 +137,32 @@ def _resemblance(ours: np.ndarray, theirs: np.ndarray, off: np.ndarray, referenc
 
 
 class _Uses(ops.Interceptor):
-    """The first call that takes each of some tensors, by the address of its memory."""
+    """The first call that takes each weight with a problem: in the module that it belongs to, else in any."""
 
-    def __init__(self, names: dict[int, str], problems: dict[str, str]):
-        self.names, self.problems = names, problems
-        self.found: dict[str, Finding] = {}
+    def __init__(self, model: Any, problems: dict[str, str]):
+        self.problems = problems
+        self.names: dict[int, list[str]] = {}  # by the address of their memory, which several may share
+        self.lacking: dict[str, list[str]] = {}  # by the module's path
+        self.own: dict[str, Finding] = {}
+        self.other: dict[str, Finding] = {}
+        held = dict(model.parameters())
+        for name in problems:
+            if name in held:
+                self.names.setdefault(begin(held[name]), []).append(name)
+            else:
+                self.lacking.setdefault(name.rpartition(".")[0], []).append(name)
 
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
-        for each in call.args:
-            name = self.names.get(begin(each)) if isinstance(each, Tensor) else None
-            if name is not None and name not in self.found:
-                self.found[name] = at(call, "weight", self.problems[name], name)
+        taken = [name for each in call.args if isinstance(each, Tensor) for name in self.names.get(begin(each), ())]
+        for name in [*taken, *self.lacking.get(call.path, ())]:
+            found = self.own if name.rpartition(".")[0] == call.path else self.other
+            if name not in found:
+                found[name] = at(call, "weight", self.problems[name], name)
         return launch(call)
+
+    @property
+    def found(self) -> dict[str, Finding]:
+        return self.own | {name: finding for name, finding in self.other.items() if name not in self.own}
 
 
 def _located(model: Any, wrong: dict[str, str], shapes: dict[str, np.ndarray]) -> list[Finding]:
@@ -136,7 +171,7 @@ def _located(model: Any, wrong: dict[str, str], shapes: dict[str, np.ndarray]) -
     try:
         for name, wanted in shapes.items():
             model.set_parameter(name, ops.tensor(np.ascontiguousarray(wanted, DTYPES[model.dtype])))
-        uses = _Uses({begin(weight): name for name, weight in model.parameters() if name in wrong}, wrong)
+        uses = _Uses(model, wrong)
         with outermost(uses):
             model([0], model.new_cache())
     finally:
