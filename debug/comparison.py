@@ -138,11 +138,11 @@ class Comparison:
     def summary(self) -> str:
         """In a sentence where the runs part."""
         if self.first is None:
-            return f"{self.a} and {self.b} agree: no call introduces an error above {self.bound:.2g}."
+            return f"{self.a} and the reference, {self.b}, agree: no call introduces an error above {self.bound:.2g}."
         later = sum(row.status == "inherited" for row in self.rows)
         return (
-            f"{self.a} parts from {self.b} at {self.first.address} ({self.first.source}), which introduces an "
-            f"{self.first.introduced}; {later} later calls inherit it."
+            f"{self.a} parts from the reference, {self.b}, at {self.first.address} ({self.first.source}), which "
+            f"introduces an {self.first.introduced}; {later} later calls inherit it."
         )
 
     def __repr__(self) -> str:

@@ -174,7 +174,8 @@ def test_fused_tensors_align_with_their_parts(rng, ids):
         assert found[address].introduced is not None and found[address].status == "agrees"
     weight = dict(joint.parameters())["layers.2.mlp.gate_up_proj.weight"].numpy()
     weight[-1] *= -1
-    assert "parts from Llama float32 at layers.2.mlp.gate_up_proj/linear[0] (tests/" in repr(compare(joint, model, ids))
+    shown = "parts from the reference, Llama float32, at layers.2.mlp.gate_up_proj/linear[0] (tests/"
+    assert shown in repr(compare(joint, model, ids))
     against = compare(model, joint, ids)
     wrong = [row.address for row in against.rows if row.status == "introduced"]
     assert wrong == ["layers.2.mlp.up_proj/linear[0]"], "the part that the fused weight has otherwise"
