@@ -20,9 +20,9 @@ def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: 
 
 def poison(spec: Any) -> None:
     """Leave a buffer of this spec in the pool that holds NaN, or the least integer: the next output starts from it."""
+    worst = np.nan if spec.dtype in FLOATS else np.iinfo(DTYPES[spec.dtype]).min
     stale = ops.empty(spec.shape, spec.dtype)
-    values = stale.numpy()
-    values[...] = np.nan if spec.dtype in FLOATS else np.iinfo(values.dtype).min
+    stale.numpy()[...] = worst  # no name for the array: it would outlive the tensor, and keep its buffer from the pool
 
 
 def check(op: Any, *args: Any, tolerance: float | None = None, **constants: Any) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import ops
 from ops import memory
 from ops.spec import Spec
+from tests.ops.harness import poison
 
 from .harness import random
 
@@ -219,3 +220,11 @@ def test_two_threads_calling_ops(rng):
     for each in threads:
         each.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_what_is_poisoned_is_what_the_next_output_starts_from(dtype):
+    spec = ops.Spec((3, 5), dtype)
+    poison(spec)
+    values = ops.empty(spec.shape, dtype).numpy()
+    assert (np.isnan(values.astype("float32")) if dtype != "int32" else values == np.iinfo("int32").min).all()
