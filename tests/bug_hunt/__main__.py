@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import secrets
 import sys
 from collections.abc import Iterable
@@ -43,19 +44,23 @@ def _chosen(name: str, only: list[str] | None) -> bool:
 
 
 def _shown(console: Console, title: str, hunts: Iterable[Hunt], failed: str) -> list[Hunt]:
-    """Take the hunts one after the other, with a table that grows; where it cannot, with a line for each before it."""
+    """Take the hunts one after the other, with a table that grows; into a file, a line for each and then the table."""
     table = Table("name", "", "what was found; what of it is wrong", "s", title=title, expand=True)
+    live = Live(table, console=console, auto_refresh=False, vertical_overflow="visible")
     done = []
-    with Live(table, console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with live if console.is_terminal else contextlib.nullcontext():
         for each in hunts:
             done.append(each)
             said = [f"[dim]{escape(each.verdict.said)}[/]"] * bool(each.verdict.said)
             wrong = [f"[red]{escape(text)}[/]" for text in each.verdict.wrong]
             state = "[green]ok[/]" if each.verdict.found else failed
             table.add_row(escape(each.name), state, "\n".join([*said, *wrong]), f"{each.seconds:.1f}")
-            live.refresh()
-            if not console.is_terminal:
+            if console.is_terminal:
+                live.refresh()
+            else:
                 print(f"{'ok  ' if each.verdict.found else 'FAIL'} {each.seconds:6.1f} s  {each.name}", flush=True)
+    if not console.is_terminal:
+        console.print(table)
     return done
 
 
