@@ -3,9 +3,11 @@
 import contextlib
 import io
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from llm import cli
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
 
@@ -23,10 +25,14 @@ def test_python_blocks_run():
 
 
 def test_commands_exist():
+    def help_of(command: str) -> str:
+        done = CliRunner().invoke(cli.app, [command, "--help"])
+        assert done.exit_code == 0, done.output
+        return done.output
+
     for command in re.findall(r"^\| `limpid (\w+)", README, re.MULTILINE):
-        done = subprocess.run([sys.executable, "-m", "llm", command, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    shown = subprocess.run([sys.executable, "-m", "llm", "generate", "--help"], capture_output=True, text=True).stdout
+        help_of(command)
+    shown = help_of("generate")
     flags = re.search(r"`(--model .*?)`", README)
     assert flags is not None
     for flag in flags[1].split():

@@ -55,7 +55,6 @@ def random_params(rng: np.random.Generator) -> Sampling:
     )
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_processing_equals_the_reference(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for _ in range(400):
@@ -64,7 +63,6 @@ def test_processing_equals_the_reference(seed: int) -> None:
         np.testing.assert_allclose(processed(logits, params), reference(logits, [], params), rtol=1e-9, atol=1e-300)
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_ties_equal_the_reference(seed: int) -> None:
     """Scores of few values, and impossible tokens. (No drawn limit falls on a sum, where rounding would decide.)"""
     rng = np.random.default_rng(seed)
@@ -89,7 +87,6 @@ def test_ties_by_hand() -> None:
     assert np.flatnonzero(processed(powers, Sampling(1.0, top_p=0.6))).tolist() == [1, 3]
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_greedy_and_log_probability(seed: int) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(scale=5, size=1000).astype(np.float32)
@@ -107,7 +104,6 @@ def test_greedy_and_log_probability(seed: int) -> None:
     assert logprob == pytest.approx(np.log(softmax(logits.astype(np.float64))[9]), abs=1e-12)
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_distribution(seed: int) -> None:
     """Chi-square over 40000 draws; the bound is about 5 standard deviations above its mean."""
     rng = np.random.default_rng(seed)

@@ -18,7 +18,6 @@ from llm.errors import TokenizerError
 from llm.tokenizer import Detokenizer, Tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
-SEED = random.SystemRandom().randrange(10**6)
 HARD_TEXTS = ["", " ", "   ", " " * 37, "\n\n", " a", "\t\tb\n", "naïve café", "你好 世界 龘靐齉", "👩\u200d👧"]
 HARD_TEXTS += ["🏳️\u200d🌈 🙂", "�", "x � y", "<s> </s>"]
 
@@ -129,7 +128,6 @@ def test_llama_gives_the_byte_run_with_the_next_token() -> None:
     assert detokenizer.add(tokenizer.encode("you", bos=False)[0]) == "\n you"
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_streaming_with_an_empty_token(seed: int, tmp_path: Path) -> None:
     """A token without text must not make the next one look like the first, whose space is dropped."""
     pieces, rng = [*special_and_bytes(), b"", b" ", b" a", b"b"], random.Random(seed)
@@ -305,7 +303,6 @@ def trained(rng: random.Random) -> tuple[list[bytes], list[float]]:
     return special_and_bytes() + [token.encode() for token in distinct + runs], scores
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_llama2c_encodes_as_llama2c(seed: int, tmp_path: Path) -> None:
     path, rng = shared("stories260K/tok512.bin"), random.Random(seed)
     pieces, scores = read_llama2c(path)
@@ -320,7 +317,6 @@ def test_llama2c_encodes_as_llama2c(seed: int, tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == stream(tokenizer, ids) == text
 
 
-@pytest.mark.parametrize("seed", [SEED])
 def test_llama2c_random_vocabularies(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     for _ in range(20):
@@ -349,8 +345,8 @@ def test_llama2c_story() -> None:
     assert stream(tokenizer, tokenizer.encode(story)) == story
 
 
-def test_damaged_llama2c(tmp_path: Path) -> None:
-    pieces, scores = trained(random.Random(SEED))
+def test_damaged_llama2c(seed: int, tmp_path: Path) -> None:
+    pieces, scores = trained(random.Random(seed))
     path, size = tmp_path / "tok.bin", len(pieces)
     content = write_llama2c(path, pieces, scores).read_bytes()
     assert Tokenizer.from_llama2c(path, size).vocab_size == size

@@ -152,7 +152,11 @@ def local():
     return Local
 
 
-@pytest.mark.parametrize("value", [object(), np.ones(3), Path("a"), local(), local()(2.0)], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [object(), np.ones(3), Path("a"), local(), local()(2.0)],
+    ids=["object", "array", "path", "local class", "local value"],
+)
 def test_what_cannot_be_told_is_never_the_same(value):
     _digest.cache_clear()
     assert source_digest((builder(value),)) != source_digest((builder(value),))
