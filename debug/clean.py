@@ -10,6 +10,8 @@ import numpy as np
 from ops import Tensor
 from ops.spec import FLOATS
 
+from .difference import differs
+
 
 class _Twin:
     """The clean values of one memory, float64 [elements], while the tensor that it was made for lives.
@@ -118,11 +120,6 @@ def _copy_rows(source: Tensor, clean: _Twin, target: Tensor, into: _Twin) -> Non
     known = np.ones(source.size, "bool") if clean.known is None else clean.known
     assert into.known is not None
     into.known.reshape(len(target), -1)[:rows][same] = known.reshape(len(source), -1)[:rows][same]
-
-
-def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where the values of two arrays are not the same; NaN and NaN are."""
-    return (a != b) & ~(np.isnan(a) & np.isnan(b))
 
 
 def _root(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import ops
 from ops import Call
 
-from .difference import bound, difference, expected, results
+from .difference import Expected, bound
 from .record import tensors
 
 Condition = Callable[[Call], Any]
@@ -65,12 +65,11 @@ def diverges(tolerance: float | Call | None = None) -> Any:
     given: float | None = tolerance
 
     def condition(call: Call) -> Callable[[Any], str]:
-        wanted = expected(call)
+        wanted = Expected(call)
 
         def judge(output: Any) -> str:
-            for (name, each), reference in zip(results(call, output).items(), wanted, strict=True):
-                allowed = bound(each) if given is None else given
-                found = difference(each.numpy(), reference, each.dtype)
+            for name, tensor, found in wanted.differences(output):
+                allowed = bound(tensor) if given is None else given
                 if not found.error <= allowed:
                     return f"{name} is not what the reference gives: {found}; tolerance {allowed:g}"
             return ""

@@ -28,10 +28,10 @@ from ops import Call, Spec, Tensor
 from ops.spec import FLOATS
 
 from . import storage, threaded
-from .difference import difference, results
+from .difference import difference, differs, results
 from .evidence import row_inputs
+from .poison import poison
 from .record import Held, Keeper
-from .shadow import differs
 from .tolerance import KERNEL
 
 _ROWS = 60
@@ -204,7 +204,7 @@ class _Cut(ops.Interceptor):
 
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         if self.exact:
-            _poison(call.outputs)
+            poison(*call.outputs)
         output = launch(call)
         whole = self.recorder.calls.get(_key(call, self._seen))
         if whole is None:
@@ -281,19 +281,6 @@ def promises_bits(op: Any) -> bool:
     return "to the bit" in " ".join((op.__doc__ or "").split())
 
 
-def _poison(specs: Sequence[Spec]) -> None:
-    """Leave memory in the pool that holds NaN, or the least integer: the next tensors of these specs start from it."""
-    stale = [ops.empty(spec.shape, spec.dtype, spec.device) for spec in specs]
-    for tensor in stale:
-        _fill(tensor)
-
-
-def _fill(tensor: Tensor) -> None:
-    """In a function of its own: memory that an array still refers to does not go back to the pool."""
-    values = tensor.numpy()
-    values[...] = np.nan if tensor.dtype in FLOATS else np.iinfo(values.dtype).min
-
-
 def invariance(
     model: Any, ids: Sequence[int], chunks: Sequence[int] = (1, 3, 17), rows: int = 8, again: int = 1,
     threads: Sequence[int] = (1, 2), tolerance: float | None = None,
@@ -325,7 +312,7 @@ def invariance(
     for cut, sizes, exact in _planned(len(ids), chunks, again):
         tool = _Cut(cut, recorder, exact)
         if exact:
-            _poison(recorder.written)
+            poison(*recorder.written)
         with ops.intercepted(tool):
             cache = model.new_cache()
             for first, count in sizes:

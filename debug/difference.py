@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ops import Call, Tensor
+from ops.call import as_tuple
+from ops.spec import FLOATS
 
 from .record import tensors
 from .tolerance import KERNEL, relative_error
@@ -41,31 +45,68 @@ def difference(actual: Any, expected: Any, dtype: str | None = None) -> Differen
     return Difference(error, tuple(int(i) for i in worst), float(actual[worst]), float(expected[worst]))
 
 
-def expected(call: Call) -> tuple[np.ndarray, ...]:
-    """What a call's outputs, then its written arguments, should be: its reference on its real inputs.
-
-    To be asked before the launch, which may overwrite inputs; they are copied for a reference that does so too.
-    """
-    given = [
-        value.numpy().copy() if isinstance(value, Tensor) and name in call.op.writes else value
+def inputs_of(call: Call) -> dict[str, Any]:
+    """Inputs by name as the reference takes them; what the call writes as a copy, of what it is before."""
+    return {
+        name: (value.numpy().copy() if name in call.op.writes else value.numpy())
+        if isinstance(value, Tensor)
+        else value
         for name, value in call.inputs.items()
-    ]
-    result = call.op.reference(*given, **call.constants)
-    return tuple(np.asarray(each) for each in (result if isinstance(result, tuple) else (result,)))
+    }
+
+
+def referred(call: Call, inputs: dict[str, Any], wide: bool = False) -> tuple[np.ndarray, ...]:
+    """What the call's reference gives for inputs by name: outputs, then what it writes. `wide` makes floats float64.
+
+    A reference that rounds by itself still does.
+    """
+    if wide:
+        inputs = {name: value.astype("float64") if _is_float(value) else value for name, value in inputs.items()}
+    with np.errstate(all="ignore"):  # inf and NaN are results here, as in the kernel
+        return tuple(np.asarray(each) for each in as_tuple(call.op.reference(*inputs.values(), **call.constants)))
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.name in FLOATS
+
+
+class Expected:
+    """What a call should give: its reference on its real inputs. Made before the launch, which may overwrite them."""
+
+    def __init__(self, call: Call, wide: bool = False):
+        self.call, self.given = call, inputs_of(call)
+        self.values = referred(call, self.given, wide)
+
+    def differences(self, output: Any) -> Iterator[tuple[str, Tensor, Difference]]:
+        """Each thing that the call gave, by name, and its difference from what it should be."""
+        for (name, tensor), wanted in zip(results(self.call, output).items(), self.values, strict=True):
+            yield name, tensor, introduced(tensor, wanted, self.given[name] if name in self.call.op.writes else None)
 
 
 def results(call: Call, output: Any) -> dict[str, Tensor]:
-    """What a call gave, by name and in the order of `expected`: `output`, `output 1`, ..., then written arguments."""
+    """What a call gave, by name and in the order of `referred`: `output`, `output 1`, ..., then written arguments."""
     return {f"output {i}" if i else "output": each for i, each in enumerate(tensors(output))} | call.written
 
 
-def introduced(call: Call, output: Any, wanted: tuple[np.ndarray, ...]) -> tuple[str, Difference]:
-    """The largest difference of what a call gave from what `expected` said, and in which of its results."""
-    found = {
-        name: difference(each.numpy(), reference, each.dtype)
-        for (name, each), reference in zip(results(call, output).items(), wanted, strict=True)
-    }
-    return max(found.items(), key=lambda item: item[1].error)
+@np.errstate(all="ignore")  # memory that nothing was written to may hold anything
+def introduced(tensor: Tensor, wanted: np.ndarray, before: np.ndarray | None = None) -> Difference:
+    """How far a result is from what it should be. Of what was written, with its values `before`, only what has changed
+    or should have counts: what lies beside it in the memory, which may be anything, is no measure."""
+    actual, wanted = tensor.numpy().astype("float64"), np.asarray(wanted, "float64")
+    if before is not None:
+        old = before.astype("float64")
+        touched = differs(actual, old) | differs(wanted, old)
+        actual, wanted = np.where(touched, actual, 0), np.where(touched, wanted, 0)
+    if tensor.dtype in FLOATS:
+        largest = float(ml_dtypes.finfo(tensor.dtype).max) * (1 - bound(tensor))
+        beyond = np.isinf(actual) & (np.abs(wanted) > largest) & (np.sign(actual) == np.sign(wanted))
+        wanted = np.where(beyond, actual, wanted)  # the dtype has nothing nearer
+    return difference(actual, wanted, tensor.dtype)
+
+
+def differs(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Where the values of two arrays are not the same; NaN and NaN are."""
+    return (a != b) & ~(np.isnan(a) & np.isnan(b))
 
 
 def bound(tensor: Tensor) -> float:

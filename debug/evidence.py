@@ -13,7 +13,7 @@ import ops
 from ops import Call, Tensor
 from ops.spec import FLOATS
 
-from .shadow import referred
+from .difference import referred
 
 _LARGEST = float(np.finfo("float32").max)
 _SHOWN = 3  # products of a dot product

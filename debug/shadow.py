@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from rich.table import Table
 
@@ -28,8 +27,8 @@ from ops import Call, Tensor
 from ops.spec import FLOATS
 
 from . import storage
-from .clean import Clean, differs
-from .difference import Difference, bound, difference, results
+from .clean import Clean
+from .difference import Difference, bound, inputs_of, introduced, referred, results
 from .tolerance import relative_error
 from .tool import Tool
 
@@ -131,7 +130,7 @@ class Check(Tool):
             return launch(call)
         if call.op._reference is None:
             return self._unchecked(call, launch)
-        given = _given(call)
+        given = inputs_of(call)
         wanted, cleaned, refusal = None, None, None
         try:
             wanted = referred(call, given, self.against == "float64") if due else None
@@ -257,48 +256,6 @@ class Check(Tool):
         for row in rows:
             table.add_row(*row.values(), style="bold red" if row[""] else None)
         return table
-
-
-def _given(call: Call) -> dict[str, Any]:
-    """Inputs by name as the reference takes them; what the call writes as a copy, of what it is before."""
-    return {
-        name: (value.numpy().copy() if name in call.op.writes else value.numpy())
-        if isinstance(value, Tensor)
-        else value
-        for name, value in call.inputs.items()
-    }
-
-
-def referred(call: Call, given: dict[str, Any], wide: bool) -> tuple[np.ndarray, ...]:
-    """What the call's reference gives for inputs by name: outputs, then what it writes. `wide` makes floats float64.
-
-    A reference that rounds by itself still does.
-    """
-    if wide:
-        given = {name: value.astype("float64") if _is_float(value) else value for name, value in given.items()}
-    with np.errstate(all="ignore"):  # inf and NaN are results here, as in the kernel
-        result = call.op.reference(*given.values(), **call.constants)
-    return tuple(np.asarray(each) for each in (result if isinstance(result, tuple) else (result,)))
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.name in FLOATS
-
-
-@_QUIET
-def introduced(tensor: Tensor, reference: np.ndarray, before: np.ndarray | None = None) -> Difference:
-    """How far a result is from its reference. Of what was written, with its values `before`, only what has changed or
-    should have counts: what lies beside it in the memory, which may be anything, is no measure."""
-    actual, wanted = tensor.numpy().astype("float64"), np.asarray(reference, "float64")
-    if before is not None:
-        old = before.astype("float64")
-        touched = differs(actual, old) | differs(wanted, old)
-        actual, wanted = np.where(touched, actual, 0), np.where(touched, wanted, 0)
-    if tensor.dtype in FLOATS:
-        largest = float(ml_dtypes.finfo(tensor.dtype).max) * (1 - bound(tensor))
-        beyond = np.isinf(actual) & (np.abs(wanted) > largest) & (np.sign(actual) == np.sign(wanted))
-        wanted = np.where(beyond, actual, wanted)  # the dtype has nothing nearer
-    return difference(actual, wanted, tensor.dtype)
 
 
 def _known_error(actual: np.ndarray, clean: np.ndarray, known: np.ndarray | None) -> float:

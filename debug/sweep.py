@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -14,10 +15,10 @@ from ops.spec import FLOATS, INTEGERS
 
 from .alignment import Flow, Node
 from .definitions import begin
-from .difference import bound, difference, expected, results
+from .difference import Difference, Expected, bound
 from .findings import Found, at, launched, outermost
+from .poison import poison
 from .record import tensors
-from .tolerance import relative_error
 
 EDGES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257)
 FAR = (511, 512, 513, 1023, 1024, 1025)
@@ -128,28 +129,37 @@ class _Checked(ops.Interceptor):
         self.count += 1
         _spoil_unused_rows(call)
         try:
-            with np.errstate(all="ignore"):
-                wanted = expected(call)
+            wanted = Expected(call)
         except IndexError as error:
             raise Found(at(call, "model", f"its arguments are wrong: {error}, with {self.situation}")) from error
-        for spec in call.outputs:
-            poison(spec)
+        poison(*call.outputs)
+        read = {name: _bits(value) for name, value in call.inputs.items() if name not in call.op.writes}
         output = launched(call, launch, "kernel")
-        with np.errstate(all="ignore"):  # what nobody wrote yet may be anything
-            for (name, tensor), right in zip(results(call, output).items(), wanted, strict=True):
-                self._judge(call, name, tensor, right)
-        self._check_finite(call, output)
+        for name, bits in read.items():
+            if _bits(call.inputs[name]) != bits:
+                text = (
+                    f"{_kernel(call)} changes its input {name}, which {call.op.name} only reads, with {self.situation}"
+                )
+                raise Found(at(call, "kernel", text))
+        self._judge(call, wanted, output)
+        self._check_finite(call, output, wanted)
         if "eps" in call.constants and call.address not in self.probed:
             self._probe(call, launch)
         return output
 
-    def _check_finite(self, call: Call, output: Any) -> None:
+    def _check_finite(self, call: Call, output: Any, wanted: Expected) -> None:
         """Until here everything was finite; -inf is what a mask is made of."""
-        for each in tensors(output):
-            values = each.numpy()
-            if each.dtype in FLOATS and (np.isnan(values).any() or np.isposinf(values).any()):
-                text = f"NaN or infinity is born here, by its definition too, with {self.situation}"
-                raise Found(at(call, "model", text))
+        for tensor, right in zip(tensors(output), wanted.values, strict=False):  # what is written comes after these
+            values = tensor.numpy()
+            if tensor.dtype not in FLOATS:
+                continue
+            if (np.isinf(values) & np.isfinite(right)).any():
+                text = f"its result, up to {np.abs(right).max():.6g}, is beyond the range of {tensor.dtype}"
+            elif np.isnan(values).any() or np.isposinf(values).any():
+                text = "NaN or infinity is born here, by its definition too"
+            else:
+                continue
+            raise Found(at(call, "model", f"{text}, with {self.situation}"))
 
     def _probe(self, call: Call, launch: Callable[[Call], Any]) -> None:
         """An epsilon tells on small inputs only: the same call on such."""
@@ -158,24 +168,33 @@ class _Checked(ops.Interceptor):
         size = float(np.sqrt(np.mean(first**2))) or 1.0
         small = ops.tensor(first * np.float32(np.sqrt(call.constants["eps"]) / size), call.args[0].dtype)
         changed = call.replace((small, *call.args[1:]))
-        wanted = expected(changed)
-        for (name, tensor), right in zip(results(changed, launch(changed)).items(), wanted, strict=True):
-            self._judge(changed, name, tensor, right)
+        self._judge(changed, Expected(changed), launch(changed))
 
-    def _judge(self, call: Call, name: str, tensor: Tensor, right: np.ndarray) -> None:
-        values = tensor.numpy()
-        if relative_error(values, right, tensor.dtype) <= bound(tensor):
-            return
-        use = call.op.used_for(call)
-        kernel = f"the kernel {use.kernel.name}, which is in use for it," if use else "its kernel"
-        found = difference(values, right, tensor.dtype)
-        text = f"{kernel} differs from the definition of {call.op.name} in {name}, {found}, with {self.situation}"
-        left = int(np.isnan(np.asarray(values, "float64")).sum() - np.isnan(np.asarray(right, "float64")).sum())
+    def _judge(self, call: Call, wanted: Expected, output: Any) -> None:
+        for (name, tensor, found), right in zip(wanted.differences(output), wanted.values, strict=True):
+            if not found.error <= bound(tensor):
+                raise Found(at(call, "kernel", self._described(call, name, tensor, found, right)))
+
+    def _described(self, call: Call, name: str, tensor: Tensor, found: Difference, right: np.ndarray) -> str:
+        text = (
+            f"{_kernel(call)} differs from the definition of {call.op.name} in {name}, {found}, with {self.situation}"
+        )
+        with np.errstate(invalid="ignore"):
+            values, right = tensor.numpy().astype("float64"), np.asarray(right, "float64")
+        left = int(np.isnan(values).sum() - np.isnan(right).sum())
         if left > 0:
             text += f"; {left} elements are NaN: not written, or made of what the call has no right to read"
-        if np.isinf(np.asarray(values, "float64")).any() and np.isfinite(right).all():
-            text += f"; the value is beyond the range of {tensor.dtype}"
-        raise Found(at(call, "kernel", text))
+        return text
+
+
+def _kernel(call: Call) -> str:
+    use = call.op.used_for(call)
+    return f"the kernel {use.kernel.name}, which is in use for it," if use else "its kernel"
+
+
+def _bits(value: Any) -> Any:
+    """What a tensor's memory holds."""
+    return ctypes.string_at(begin(value), value.nbytes) if isinstance(value, Tensor) else value
 
 
 def _key(value: Any) -> Any:
@@ -183,12 +202,6 @@ def _key(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return (value.spec, value.numpy().tobytes()) if value.dtype in INTEGERS else value.spec
-
-
-def poison(spec: Any) -> None:
-    """Leave a buffer of this spec on top of the pool that holds NaN, or the least integer: the next output gets it."""
-    stale = ops.empty(spec.shape, spec.dtype).numpy() if spec.size else np.empty(0, "int8")
-    stale[...] = np.nan if spec.dtype in FLOATS else np.iinfo(stale.dtype).min
 
 
 def _spoil_unused_rows(call: Call) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 import ops
 from debug.births import nan_hunt
-from debug.cuts import _poison
+from debug.poison import poison
 from tests.llm import small
 from tests.ops.toys import toy_add_to, toy_unbuilt
 
@@ -25,7 +25,7 @@ def tensor(values, dtype="float32"):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_right_model_gives_no_alarm(rng, dtype):
     llm = small.model(rng, dtype)
-    _poison(6 * [ops.Spec((64, 2, llm.config.head_dim), dtype)])  # rows of the caches that are never written hold NaN
+    poison(*6 * [ops.Spec((64, 2, llm.config.head_dim), dtype)])  # rows of the caches that are never written hold NaN
     with nan_hunt() as h:
         cache = llm.new_cache()
         llm(rng.integers(0, 256, 20).tolist(), cache)

@@ -6,12 +6,13 @@ import tvm_ffi
 from tvm import tirx
 
 import ops
+from debug.poison import poison
 from debug.tolerance import KERNEL, relative_error
 from ops.quantize import FORMATS, quantize_activations
 from ops.schedule import fused
 from ops.spec import Dim, Spec
 from tests.ops.capture import capture, compiled, only_function
-from tests.ops.harness import poison, random
+from tests.ops.harness import random
 
 EPS = 1e-5
 SIZES = [1, 5, 40]

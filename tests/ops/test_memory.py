@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 import ops
+from debug.poison import poison
 from ops import memory
 from ops.spec import Spec
-from tests.ops.harness import poison
 
 from .harness import random
 
