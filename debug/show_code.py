@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import io
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -90,11 +89,9 @@ class Code:
         return Group(*parts)
 
     def __repr__(self) -> str:
-        from rich.console import Console
+        from .plain import plain
 
-        out = io.StringIO()
-        Console(file=out, width=120, no_color=True).print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+        return plain(self, 120)
 
     def _repr_html_(self) -> str:
         return html.box(html.head(self.title), html.tabs({_TEXTS[name]: text for name, text in self.texts().items()}))

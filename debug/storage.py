@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -113,8 +112,9 @@ def _spec(plain: dict[str, Any]) -> Spec:
 
 def table(rows: Sequence[dict[str, str]], most: int, width: int = 160) -> str:
     """Rows as a text table, the first and the last of them when there are more than `most`."""
-    from rich.console import Console
     from rich.table import Table
+
+    from .plain import plain
 
     if not rows:
         return "no calls"
@@ -124,7 +124,4 @@ def table(rows: Sequence[dict[str, str]], most: int, width: int = 160) -> str:
     shown = [*rows] if len(rows) <= most else [*rows[: most // 2], dict.fromkeys(rows[0], "..."), *rows[-most // 2 :]]
     for row in shown:
         made.add_row(*row.values())
-    out = io.StringIO()
-    Console(file=out, width=width, highlight=False, markup=False).print(made)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    return "\n".join([*lines, f"{len(rows)} calls"])
+    return f"{plain(made, width)}\n{len(rows)} calls"

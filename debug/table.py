@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +29,9 @@ class Table:
         return [row[self.columns.index(name)] for row in self.rows]
 
     def __repr__(self) -> str:
-        from rich.console import Console
         from rich.table import Table as RichTable
+
+        from .plain import plain
 
         made = RichTable(box=None, pad_edge=False)
         for i, name in enumerate(self.columns):
@@ -44,10 +44,7 @@ class Table:
             made.add_row(*["..."] * len(self.columns))
             for row in self.rows[-tail:]:
                 made.add_row(*self._texts(row))
-        out = io.StringIO()
-        Console(file=out, width=1000, highlight=False, markup=False).print(made)
-        lines = [line.rstrip() for line in out.getvalue().splitlines()]
-        return "\n".join([self.title, *lines] + [self.note] * bool(self.note))
+        return "\n".join([self.title, plain(made, 1000)] + [self.note] * bool(self.note))
 
     def _texts(self, row: Sequence[Any]) -> list[str]:
         return [

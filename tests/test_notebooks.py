@@ -113,6 +113,7 @@ def test_what_is_stored_says_it(name):
     notebook = read(path)
     code = [each for each in notebook.cells if each.cell_type == "code"]
     assert [each.execution_count for each in code] == [*range(1, len(code) + 1)], "run from top to bottom"
+    assert all(sum("text/html" in shown.get("data", {}) for shown in each.outputs) <= 1 for each in code), "once"
     assert path.stat().st_size < _LARGE
     assert str(ROOT) not in path.read_text("utf-8"), (
         "run `python -m tests.test_notebooks`, which leaves out this folder"
