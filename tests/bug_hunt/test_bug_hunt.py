@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from types import SimpleNamespace
 
@@ -37,17 +38,16 @@ class _Lines(ops.Interceptor):
 
 @by_name
 def test_a_bug_shows_and_goes_without_a_trace(bug, rng):
-    pair = factory.draw(rng, **bug.recipe)
-    ids = factory.prompt(rng, pair.model, TOKENS)
-    bound = 10 * rounding(pair.model, ids[:40])
-    right = transcript(pair.model, ids)
-    with bug.plant(pair.model):
-        transcript(pair.model, ids[::-1])  # other tokens: what a stale buffer holds then is theirs
-        wrong = transcript(pair.model, ids)
-    # Where activations are rounded to int8, the last bit of one moves the logits by 1e-2: there the call itself tells.
-    assert distance(wrong, right) > bound or (_is_packed(bug) and _shows_at_its_call(bug, pair.model, ids[:40]))
-    np.testing.assert_array_equal(transcript(pair.model, ids), right)
-    pair.close()
+    with contextlib.closing(factory.draw(rng, **bug.recipe)) as pair:
+        ids = factory.prompt(rng, pair.model, TOKENS)
+        bound = 10 * rounding(pair.model, ids[:40])
+        right = transcript(pair.model, ids)
+        with bug.plant(pair.model):
+            transcript(pair.model, ids[::-1])  # other tokens: what a stale buffer holds then is theirs
+            wrong = transcript(pair.model, ids)
+        # Where activations are rounded to int8, the last bit of one moves the logits by 1e-2: the call itself tells.
+        assert distance(wrong, right) > bound or (_is_packed(bug) and _shows_at_its_call(bug, pair.model, ids[:40]))
+        np.testing.assert_array_equal(transcript(pair.model, ids), right)
 
 
 def _is_packed(bug):
@@ -65,18 +65,18 @@ def _shows_at_its_call(bug, model, ids):
 @by_name
 def test_the_truth_is_a_call_that_the_model_makes(bug, rng, monkeypatch):
     monkeypatch.chdir(ROOT)
-    pair = factory.draw(rng, **bug.recipe)
     lines = _Lines()
-    with bug.plant(pair.model), ops.intercepted(lines):
-        transcript(pair.model, factory.prompt(rng, pair.model, TOKENS))
+    with contextlib.closing(factory.draw(rng, **bug.recipe)) as pair:
+        with bug.plant(pair.model), ops.intercepted(lines):
+            transcript(pair.model, factory.prompt(rng, pair.model, TOKENS))
+        parameters = dict(pair.model.parameters())
     made = {address for address, _ in lines.seen}
     for each in bug.places:
         file, line = each.source
         assert each.address in made
         own = (each.address, f"{file.relative_to(ROOT)}:{line}") in lines.seen
         assert own or len(bug.places) > 1  # the line around a call may count too, beside its own
-    assert all(name in dict(pair.model.parameters()) or name.endswith(".bias") for name in bug.parameters)
-    pair.close()
+    assert all(name in parameters or name.endswith(".bias") for name in bug.parameters)
 
 
 def test_there_are_enough():

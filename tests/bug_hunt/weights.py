@@ -106,11 +106,11 @@ def _(model):
         yield
 
 
-@WEIGHTS.add("two tokens swapped", "embed_tokens/embedding[0]", parameters=("embed_tokens.weight",), vocab_size=262)
+@WEIGHTS.add("tokens swapped", "embed_tokens/embedding[0]", parameters=("embed_tokens.weight",), vocab_size=262)
 def _(model):
-    """Rows 201 and 202 of the embedding are swapped."""
+    """Rows 200 to 259 of the embedding are swapped in pairs, as of a tokenizer with other special tokens."""
     values = weight(model, "embed_tokens.weight")
-    values[[201, 202]] = values[[202, 201]]
+    values[200:260] = values[200:260].reshape(30, 2, -1)[:, ::-1].reshape(60, -1)
     with weights(model, {"embed_tokens.weight": values}):
         yield
 
