@@ -65,7 +65,7 @@ def schedule(function: tirx.PrimFunc, low: int, high: int | None = None) -> tirx
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         _emit(parts, low, high)
-    return builder.get()
+    return builder.get().with_attr("tirx.noalias", True)  # of so many buffers LLVM does not check it in front of a loop
 
 
 def _annotated(function: Any, pattern: Callable[[tirx.PrimFunc], int | None]) -> Any:

@@ -104,15 +104,20 @@ def _stream(p: Product, mt: int, nt: int) -> None:
         tiles = T.bind(_ceil(p.n, mt))
         tokens = _Panel(p, p.x, p.n, _ceil(p.high, mt), mt, p.vectors)
         tokens.fill(i64(0), tiles, i64(0), i64(p.vectors))
-        totals = _Totals(p, _ceil(p.high, mt) * mt, nt)
-        with T.serial(i64(0), i64(length)) as i:
-            rows = [T.bind(tirx.min((thread * nt + s) * length + i, i64(p.rows - 1))) for s in range(nt)]
-            with T.serial(i64(0), i64(p.blocks)) as block, T.serial(i64(0), tiles) as tile:
-                totals.add(tile * mt, i64(0), _sums_in_memory(p, tokens, tile, rows, block), block == 0)
+        most = _ceil(p.high, mt) * mt
+        totals = _Totals(p, most, nt)
+        lines = T.alloc_buffer((most * nt, LINE), "float32", scope="global")  # sums that wait for a vector of them
+        with T.serial(i64(0), i64(_ceil(length, LINE))) as line:
+            first, count = T.bind(line * LINE), T.bind(tirx.min(i64(length) - line * LINE, i64(LINE)))
+            with T.serial(i64(0), count) as i:
+                rows = [T.bind(tirx.min((thread * nt + s) * length + first + i, i64(p.rows - 1))) for s in range(nt)]
+                with T.serial(i64(0), i64(p.blocks)) as block, T.serial(i64(0), tiles) as tile:
+                    totals.add(tile * mt, i64(0), _sums_in_memory(p, tokens, tile, rows, block), block == 0)
+                with T.grid(p.n, i64(nt)) as (m, s):
+                    T.buffer_store(lines, totals.buffer[m, s], [m * nt + s, i])
             with T.grid(p.n, i64(nt)) as (m, s):
-                row = T.bind((thread * nt + s) * length + i)
-                with T.If(row < p.rows), T.Then():
-                    _store(p, m, row, totals.buffer[m, s])
+                row = T.bind((thread * nt + s) * length + first)
+                _store_line(p, m, row, tirx.min(i64(p.rows) - row, count), lambda r, m=m, s=s: lines[m * nt + s, r])
 
 
 def _sums_in_memory(p: Product, tokens: _Panel, tile: Any, rows: list, block: Any) -> list[list[Register]]:
@@ -243,6 +248,15 @@ def _multiply(p: Product, sums: list[list[Register]], tokens: list, weights: Any
 
 def _store(p: Product, token: Any, row: Any, value: Any) -> None:
     T.buffer_store(p.y, p.epilogue(token, row, value).astype(p.y.dtype), [token, row])
+
+
+def _store_line(p: Product, token: Any, row: Any, count: Any, value: Callable[[Any], Any]) -> None:
+    """Up to `LINE` neighbours of y, from `row` on: as vectors, where there are as many."""
+    with T.If(count == LINE):
+        with T.Then(), T.vectorized(i64(0), i64(LINE)) as r:
+            _store(p, token, row + r, value(r))
+        with T.Else(), T.serial(i64(0), count) as r:
+            _store(p, token, row + r, value(r))
 
 
 def _loop(count: int, parallel: bool) -> Any:

@@ -108,6 +108,21 @@ def batches(options: Any, config: dict[str, Any]) -> tuple[float, Any]:
     return max(times[n] / min(n * times[1], times[64]) for n in FEW), {"seconds": times, "rounds": rounds}
 
 
+def fusing(weights: str) -> Callable[[Any, dict[str, Any]], tuple[float, Any]]:
+    """At worst, the time of linear with silu_mul fused into it over that of the two, for one token and a prompt."""
+
+    def measure(options: Any, config: dict[str, Any]) -> tuple[float, Any]:
+        sizes = {"inputs": config["hidden_size"], "outputs": config["intermediate_size"]}
+        with _worker(options, weights) as worker:
+            worker.ask(open=_opened(options, config, weights))
+            raw = {tokens: worker.ask(test="fused", tokens=tokens, **sizes) for tokens in (1, PROMPT)}
+        sides = [(each["seconds"]["fused"], each["seconds"]["apart"]) for each in raw.values()]
+        ratios = [statistics.median(f / a for f, a in zip(fused, apart, strict=True)) for fused, apart in sides]
+        return max(ratios), {"ratios": ratios, "raw": raw}
+
+    return measure
+
+
 def growth(weights: str, test: str) -> Callable[[Any, dict[str, Any]], tuple[float, Any]]:
     """How far times are from linear, at worst, as cache or prompt grows: decode in bytes read, prefill in flops."""
     decode = test == "decode"
@@ -178,6 +193,9 @@ def _figures() -> list[Figure]:
         figures.append(
             Figure(f"compile-{said}", f"all kernels compiled cold, {said}", compiling(weights), "{:.1f} s", most=15)
         )
+    for weights in ("q4", "float32"):
+        what = f"linear and silu_mul fused over apart, {short(weights)}, at worst"
+        figures.append(Figure(f"fused-{short(weights)}", what, fusing(weights), "{:.2f}", most=1.05))
     for test in ("decode", "prefill"):
         what = f"{test} q4 off linear, {'cache 128 to 32768' if test == 'decode' else 'prompt 1 to 4096'}"
         figures.append(Figure(f"growth-{test}-q4", what, growth("q4", test), "{:.0%}", most=0.15))

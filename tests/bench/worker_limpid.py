@@ -18,6 +18,7 @@ from llm.generate import prepare
 from llm.load import build, randomize
 from ops.op import Plan, registry
 
+from . import fusing
 from .worker import WARM, serve, timed, tokens
 
 _LARGE = ("linear", "attention")  # what a decode step is to consist of
@@ -40,9 +41,12 @@ class Limpid:
 
     def measure(self, test: str, **sizes: int) -> dict[str, Any]:
         """As a `Side`, with "compiles": how many kernels were compiled meanwhile. "dispatch" gives shares instead,
-        "kernels" the seconds of building all, for a prompt, a few tokens and one, "ceilings" the machine's."""
+        "kernels" the seconds of building all, for a prompt, a few tokens and one, "fused" those of a group beside its
+        parts, "ceilings" the machine's."""
         if test == "gemm":
             return self._gemm(**sizes)
+        if test == "fused":
+            return fusing.times(**sizes, dtype=self.dtype, weights=self.weights)
         if test == "ceilings":
             return {"read_bandwidth": ops.ceilings.read_bandwidth(), "fma_peak": ops.ceilings.fma_peak()}
         if self._model is None:
