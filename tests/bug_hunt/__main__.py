@@ -21,6 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bug_hunt", description="How many planted bugs are found?")
     parser.add_argument("--only", action="append", metavar="NAME", help="this bug, or all whose names hold NAME")
     parser.add_argument("--seeds", type=int, default=10, metavar="N", help="clean models are drawn N times; default 10")
+    parser.add_argument("--seconds", type=float, default=20, metavar="S", help="for each clean model; default 20")
     parser.add_argument("--seed", type=int, default=None, help="repeat a run; default: a fresh one")
     options = parser.parse_args()
     chosen = [bug for name, bug in BUGS.items() if _chosen(name, options.only)]
@@ -31,7 +32,7 @@ def main() -> int:
     console.print(f"{len(chosen)} bugs, {options.seeds} seeds for the clean models; --seed {seed} repeats this")
     hunts = _shown(console, "planted bugs", (hunt(bug, seed) for bug in chosen), "[red]missed[/]")
     found = sum(each.verdict.found for each in hunts)
-    runs = (each for i in range(options.seeds) for each in clean(seed + i))
+    runs = (each for i in range(options.seeds) for each in clean(seed + i, options.seconds))
     cleans = _shown(console, "clean models", runs, "[red]false alarm[/]") if options.seeds else []
     alarms = sum(not each.verdict.found for each in cleans)
     seconds = sum(each.seconds for each in (*hunts, *cleans))

@@ -37,11 +37,11 @@ class Hunt:
     seconds: float
 
 
-def examine(model: Any, reference: Any, ids: list[int] | None = None) -> Any:
+def examine(model: Any, reference: Any, ids: list[int] | None = None, **options: float) -> Any:
     """The one command that is on trial."""
     from debug import doctor
 
-    return doctor(model, reference, ids)
+    return doctor(model, reference, ids, **options)
 
 
 def hunt(bug: Bug, seed: int) -> Hunt:
@@ -67,18 +67,18 @@ def hunt(bug: Bug, seed: int) -> Hunt:
     return Hunt(bug.name, verdict, seconds)
 
 
-def clean(seed: int) -> Iterator[Hunt]:
-    """The doctor on models without a bug: a finding is a false alarm."""
+def clean(seed: int, seconds: float) -> Iterator[Hunt]:
+    """The doctor, with so many seconds, on models without a bug: a finding is a false alarm."""
     for model_type, held, kind in CLEAN:
         rng = np.random.default_rng([seed, zlib.crc32(f"{model_type} {held}".encode())])
         pair = factory.draw(rng, model_type, held, **factory.varied(rng, model_type))
         try:
             reference = pair.reference(kind)
             started = time.perf_counter()
-            diagnosis = examine(pair.model, reference)
-            seconds = time.perf_counter() - started
+            diagnosis = examine(pair.model, reference, seconds=seconds)
+            took = time.perf_counter() - started
         finally:
             pair.close()
         alarms = tuple(f"{each.address}: {each.message}" for each in diagnosis.findings[:3])
         wrong = () if diagnosis.ok and not alarms else alarms or ("not ok, and no finding says why",)
-        yield Hunt(f"{model_type} {held} against {kind}", Verdict(wrong), seconds)
+        yield Hunt(f"{model_type} {held} against {kind}", Verdict(wrong), took)

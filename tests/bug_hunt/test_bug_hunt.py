@@ -143,4 +143,4 @@ def test_the_doctor_finds_it(bug, seed):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_PEER, reason="transformers and torch are not installed: pip install -e '.[parity]'")
 def test_clean_models_are_clean(seed):
-    assert [each for each in clean(seed) if not each.verdict.found] == []
+    assert [each for each in clean(seed, 60.0) if not each.verdict.found] == []
