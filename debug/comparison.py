@@ -21,8 +21,8 @@ from ops.spec import DTYPES, FLOATS
 
 from . import pages, storage
 from .alignment import Alignment, Flow, Forced, Node
-from .definitions import Definitions
-from .difference import Difference, difference
+from .definitions import Definitions, begin
+from .difference import Difference, difference, inputs_of, referred
 from .huggingface import HuggingFace, is_torch
 from .tolerance import KERNEL
 from .values import Values
@@ -179,7 +179,8 @@ def compare(a: Any, b: Any, ids: Sequence[int], tolerance: float | None = None) 
     Each is a Limpid model, a `Run` of one with something switched on, the text "float64" (the other's model with every
     op by its NumPy definition), or a model of transformers. What is measured is `a` against `b`; at least one must be
     Limpid's, and when it is `b` alone the two change places. `tolerance` is the bound of what a call may introduce,
-    relative to max|reference|; default: that of kernels in the coarser of both dtypes.
+    relative to max|reference|; default: that of kernels in the coarser of both dtypes. What the rounding of a call's
+    inputs to its dtype does by itself is no error of the call.
     """
     if not is_ours(a) and is_ours(b):
         a, b = b, a
@@ -188,13 +189,13 @@ def compare(a: Any, b: Any, ids: Sequence[int], tolerance: float | None = None) 
     run = a if isinstance(a, Run) else Run(a)
     ids = [int(each) for each in ids]
     values = values_of(b, run.model, ids)
+    bound = tolerance if tolerance is not None else _bound(run.model.dtype, values.dtype)
     with run.on():
         flow = followed(run.model, ids)
-        introduced = _introduced(run.model, ids, flow, values)
+        introduced, wrong = _introduced(run.model, ids, flow, values, bound)
     label = b.label if isinstance(b, Run) else label_of(b, run.model)
-    bound = tolerance if tolerance is not None else _bound(run.model.dtype, values.dtype)
     comparison = Comparison(run.label, label, len(ids), bound)
-    comparison.rows = _rows(flow.nodes, Alignment(flow.nodes, values, 0, len(ids)), introduced, bound)
+    comparison.rows = _rows(flow.nodes, Alignment(flow.nodes, values, 0, len(ids)), introduced, wrong, bound)
     return comparison
 
 
@@ -254,11 +255,14 @@ def _put(tensor: Tensor, values: np.ndarray) -> None:
 
 
 class _Introduced(Forced):
-    """Notes what each call introduces."""
+    """Notes what each call introduces beyond `bound`, and beyond what the rounding of its inputs does by itself."""
 
-    def __init__(self, nodes: list[Node], alignment: Alignment):
-        super().__init__(nodes, alignment, _array, _put)
+    def __init__(self, nodes: list[Node], alignment: Alignment, bound: float):
+        super().__init__(nodes, alignment, _array, self._round)
+        self.bound = bound
         self.found: dict[int, Difference] = {}
+        self.wrong: set[int] = set()
+        self._exact: dict[int, np.ndarray] = {}  # the reference's values, by where memory begins
 
     def after(self, node: Node, call: Call, value: np.ndarray, wanted: list[np.ndarray]) -> None:
         dtype = call.outputs[0].dtype if call.outputs else next(iter(call.written.values())).dtype
@@ -266,27 +270,57 @@ class _Introduced(Forced):
             found = difference(value, each, dtype)
             if node.index not in self.found or found.error > self.found[node.index].error:
                 self.found[node.index] = found
+        worst = self.found.get(node.index)
+        if worst is not None and worst.error > self.bound and worst.error > self.bound + self._rounding(call):
+            self.wrong.add(node.index)
+
+    def _round(self, tensor: Tensor, values: np.ndarray) -> None:
+        _put(tensor, values)
+        self._exact[begin(tensor)] = values
+
+    def _rounding(self, call: Call) -> float:
+        """How far the call's definition is moved by the rounding of the reference's values to the inputs' dtypes."""
+        if call.op._reference is None or call.op.writes:
+            return 0.0
+        rounded = inputs_of(call)
+        exact = rounded | {n: self._unrounded(x) for n, x in call.inputs.items() if isinstance(x, Tensor)}
+        moved, right = (referred(call, each, wide=True) for each in (rounded, exact))
+        return max((difference(a, b).error for a, b in zip(moved, right, strict=True)), default=0.0)
+
+    def _unrounded(self, tensor: Tensor) -> np.ndarray:
+        found = self._exact.get(begin(tensor))
+        if found is None or found.size < tensor.size or tensor.dtype not in FLOATS:
+            return tensor.numpy()
+        exact = found.reshape(-1)[: tensor.size].reshape(tensor.shape).astype("float64")
+        own = _array(tensor).astype("float64")
+        with np.errstate(invalid="ignore"):
+            return np.where(np.abs(own - exact) <= 2.0**-7 * np.abs(exact), exact, own)  # else it is another's by now
 
 
-def _introduced(model: Any, ids: Sequence[int], flow: Flow, values: Values) -> dict[int, Difference]:
-    forced = _Introduced(flow.nodes, Alignment(flow.nodes, values, 0, len(ids)))
+def _introduced(
+    model: Any, ids: Sequence[int], flow: Flow, values: Values, bound: float
+) -> tuple[dict[int, Difference], set[int]]:
+    """What each call introduces, and the calls that are wrong by it."""
+    forced = _Introduced(flow.nodes, Alignment(flow.nodes, values, 0, len(ids)), bound)
     with ops.intercepted(forced):
         model(ids, model.new_cache())
-    return forced.found
+    return forced.found, forced.wrong
 
 
 def _bound(*dtypes: str) -> float:
     return max(KERNEL.get(each, KERNEL["float32"]) for each in dtypes)
 
 
-def _rows(nodes: list[Node], alignment: Alignment, introduced: dict[int, Difference], bound: float) -> list[Row]:
+def _rows(
+    nodes: list[Node], alignment: Alignment, introduced: dict[int, Difference], wrong: set[int], bound: float
+) -> list[Row]:
     rows: list[Row] = []
     for node in nodes:
         makers = [rows[index] for index in node.makers.values()]
         inherited = max((each.inherited if each.total is None else each.total for each in makers), default=0.0)
         total, by_position = _total(node, alignment)
         found = introduced.get(node.index)
-        if found is not None and found.error > bound:
+        if node.index in wrong:
             status = "introduced"
         elif any(each.status in ("introduced", "inherited") for each in makers):
             status = "inherited"

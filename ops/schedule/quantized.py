@@ -27,7 +27,7 @@ from .vector import i64
 
 FEW = 16  # tokens, up to which reading the weight takes longer than multiplying it
 STREAMS = 2  # blocks of rows that a thread takes at a time
-STREAMS_OF_ONE = 4  # the same for one token, which waits for memory alone: it is read slower with fewer, and with more
+ROWS_OF_ONE = 32  # rows a thread takes at a time for one token, which waits for memory alone: 4 blocks of 8, 2 of 16
 MOST = 128  # tokens a tile, whose sums stay in the first-level cache
 AHEAD = 4096  # bytes between the record that is multiplied and the one that is fetched
 LINE = 64  # bytes of a cache line
@@ -94,7 +94,7 @@ class Product:
     @property
     def streams(self) -> int:
         """How many blocks of rows a thread takes at a time."""
-        return STREAMS_OF_ONE if self.high == 1 else STREAMS
+        return min(4, ROWS_OF_ONE // self.lanes) if self.high == 1 else STREAMS
 
     @property
     def steps(self) -> int:
