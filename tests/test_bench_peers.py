@@ -140,10 +140,12 @@ def test_rows_are_selected_by_name(capsys):
 
 
 def test_growth_is_measured_against_the_best_line():
-    work = np.array([1.0, 10.0, 100.0, 1000.0])
-    assert off_line(work, 3 + 0.5 * work) < 1e-9
-    bent = 3 + 0.5 * work * np.array([1.0, 1.0, 1.0, 2.0])
+    work = np.array([[1.0], [10.0], [100.0], [1000.0]])
+    assert off_line(work, 3 + 0.5 * work[:, 0]) < 1e-9
+    bent = 3 + 0.5 * work[:, 0] * np.array([1.0, 1.0, 1.0, 2.0])
     assert 0.1 < off_line(work, bent) < 1
+    both = np.concatenate([work, work**2], axis=1)  # two kinds of work, which cost differently
+    assert off_line(both, 3 + both @ [0.5, 0.01]) < 1e-9 < 0.1 < off_line(work, 3 + both @ [0.5, 0.01])
 
 
 def test_flops_count_every_matrix_and_every_pair_once():
@@ -152,7 +154,7 @@ def test_flops_count_every_matrix_and_every_pair_once():
     assert layers + head == sum(spec_sizes.values())
     pairs = 5 * 6 // 2  # of a query and a key that it sees
     both = 2 * 2 * 64 * pairs  # scores and mix, of two layers, a multiplication for each of 64 values
-    assert flops(TINY, 5) == 2 * (5 * layers + head + both)
+    assert flops(TINY, 5) == (2 * (5 * layers + head), 2 * both)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -140,24 +140,27 @@ def growth(weights: str, test: str) -> Callable[[Any, dict[str, Any]], tuple[flo
                     seconds = worker.ask(900.0, test=test, **asked)["seconds"]
                     rounds[-1].append(statistics.median(seconds["eager"]))
         times = np.median(np.array(rounds[1:]), axis=0)
-        work = np.array([size if decode else flops(config, size) for size in sizes], "float64")
+        work = np.array([(size,) if decode else flops(config, size) for size in sizes], "float64")
         return off_line(work, times), {"sizes": sizes, "seconds": times.tolist(), "rounds": rounds}
 
     return measure
 
 
 def off_line(work: np.ndarray, times: np.ndarray) -> float:
-    """The largest relative distance of `times` from the line a + b * work that fits them best, relatively."""
-    factors = np.stack([np.ones_like(work), work / work.max()], axis=1) / times[:, None]
+    """The largest relative distance of `times` [n] from the line that fits them best, relatively.
+
+    The line is a constant and a cost for each kind of `work` [n, kinds].
+    """
+    factors = np.concatenate([np.ones((len(work), 1)), work / work.max(axis=0)], axis=1) / times[:, None]
     solution = np.linalg.lstsq(factors, np.ones_like(times), rcond=None)[0]
     return float(np.abs(factors @ solution - 1).max())
 
 
-def flops(config: dict[str, Any], prompt: int) -> float:
-    """Of a prefill that keeps the last logits: matrices, and attention over what came before."""
+def flops(config: dict[str, Any], prompt: int) -> tuple[float, float]:
+    """Of a prefill that keeps the last logits: of matrices, integers for packed ones, and of attention, in floats."""
     layers, head = matrices(config)
     attention = 2 * config["num_hidden_layers"] * config["hidden_size"] * (prompt + 1) / 2
-    return 2.0 * (prompt * (layers + attention) + head)
+    return 2.0 * (prompt * layers + head), 2.0 * prompt * attention
 
 
 def _limpid(options: Any, *arguments: str, more: dict[str, str] | None = None) -> str:
