@@ -19,7 +19,7 @@ from .spec import Spec
 from .tensor import Tensor
 
 if TYPE_CHECKING:
-    from .op import Op
+    from .op import Op, Plan
     from .scope import Scope
     from .select import Selector
 
@@ -34,15 +34,18 @@ class Call:
     `args` is positional, in the order of the op's signature, without trailing defaults.
     """
 
-    __slots__ = ("args", "constants", "op", "ordinal", "scope")
+    __slots__ = ("_plan", "args", "constants", "op", "ordinal", "scope")
 
-    def __init__(self, op: Op, args: tuple, constants: dict[str, Any], scope: Scope, ordinal: int):
+    def __init__(
+        self, op: Op, args: tuple, constants: dict[str, Any], scope: Scope, ordinal: int, plan: Plan | None = None
+    ):
         self.op, self.args, self.constants, self.scope, self.ordinal = op, args, constants, scope, ordinal
+        self._plan = plan  # where it is known already
 
     def replace(self, args: tuple | None = None, constants: dict[str, Any] | None = None) -> Call:
         """The same call with other arguments."""
         changed = Call.__new__(Call)
-        changed.op, changed.scope, changed.ordinal = self.op, self.scope, self.ordinal
+        changed.op, changed.scope, changed.ordinal, changed._plan = self.op, self.scope, self.ordinal, None
         changed.args = self.args if args is None else tuple(args)
         changed.constants = self.constants if constants is None else dict(constants)
         return changed
@@ -70,7 +73,7 @@ class Call:
     @property
     def outputs(self) -> tuple[Spec, ...]:
         """Shapes and dtypes of the outputs, before the launch."""
-        return self.op.plan(self.args, self.constants).outputs
+        return (self._plan or self.op.plan(self.args, self.constants)).outputs
 
     @property
     def written(self) -> dict[str, Tensor]:

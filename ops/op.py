@@ -140,7 +140,7 @@ class Op(Generic[P, R]):
         while args and args[-1] is None:
             args = args[:-1]
         scope = current.get()
-        call = Call(self, args, dict(plan.constants), scope, scope.counts[self.name] - 1)
+        call = Call(self, args, dict(plan.constants), scope, scope.counts[self.name] - 1, plan)
 
         def launch(changed: Call) -> Any:
             if changed.args is args and changed.constants == plan.constants:

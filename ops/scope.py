@@ -26,7 +26,7 @@ _NOBODY: frozenset[int] = frozenset()
 class Scope:
     """One running module call: its path (`layers.3.self_attn`), its pass, and how often each op was called in it."""
 
-    __slots__ = ("args", "busy", "constants", "counts", "module", "name", "number", "parent", "tools")
+    __slots__ = ("_path", "args", "busy", "constants", "counts", "module", "name", "number", "parent", "tools")
 
     def __init__(
         self, name: str, number: int, parent: Scope | None = None, module: Any = None, args=(), constants=None
@@ -35,6 +35,7 @@ class Scope:
         self.number = number  # of the pass: 1 for the first outermost forward of the process
         self.parent = parent
         self.module = module
+        self._path: str | None = None  # put together when it is first asked for
         self.args: tuple = args
         self.constants: dict[str, Any] = {} if constants is None else constants
         self.counts: dict[str, int] = {}
@@ -44,7 +45,9 @@ class Scope:
     @property
     def path(self) -> str:
         """Where in the model, such as `layers.3.self_attn`."""
-        return self.parent.below(self.name) if self.parent else self.name
+        if self._path is None:
+            self._path = self.parent.below(self.name) if self.parent else self.name
+        return self._path
 
     def of_tool(self, tool: Interceptor) -> Scope:
         """Where `tool` makes op calls of its own: it does not see them, and the model's ordinals do not move."""
