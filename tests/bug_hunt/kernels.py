@@ -282,8 +282,9 @@ def _(model):
 
 # The kernel is that of all layers: which of them first has a maximum that much higher, the drawn values decide.
 @KERNELS.add(
-    "no rescaling past 64 keys", *(f"layers.{i}.self_attn/attention[0]" for i in range(3)), reference="float64"
-)
+    "no rescaling past 64 keys", *(f"layers.{i}.self_attn/attention[0]" for i in range(3)),
+    reference="float64", num_hidden_layers=3,
+)  # fmt: skip
 def _(model):
     """attention: a later block of 64 keys with a higher maximum does not rescale what was added up before."""
 
