@@ -25,6 +25,7 @@ CLEAN = (
     ("llama", "q8", "float64"),
     ("llama", "q8", "weights"),
 )
+PATIENCE = 180.0  # seconds for a bug: a kernel that is wrong at one length is found within 30 on a quiet machine
 TOKENS = 130  # of the prompt by which a model is known to be the same as before
 
 
@@ -56,7 +57,7 @@ def hunt(bug: Bug, seed: int) -> Hunt:
         with bug.plant(pair.model):
             started = time.perf_counter()
             try:
-                verdict = judge(bug, examine(pair.model, reference, ids))
+                verdict = judge(bug, examine(pair.model, reference, ids, seconds=PATIENCE))
             except Exception as error:  # the hunt goes on; it is a miss, and the table says why
                 verdict = Verdict((f"{type(error).__name__}: {error}",))
             seconds = time.perf_counter() - started
