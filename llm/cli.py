@@ -295,22 +295,28 @@ def _print(stream: Any, prompt: str = "") -> str:
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt, and is noted: Python drops what is raised in a finalizer or a callback."""
+    """Ctrl-C raises KeyboardInterrupt, and is noted: Python drops, and tells of, what is raised in a finalizer."""
     pressed: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
+    handler, tell = signal.getsignal(signal.SIGINT), sys.unraisablehook
 
     def interrupt(number: int, frame: Any) -> None:
         pressed.append(number)
         signal.default_int_handler(number, frame)
 
-    if before is not signal.default_int_handler:  # ignored, as under nohup, or another's
+    def dropped(what: Any) -> None:
+        if not isinstance(what.exc_value, KeyboardInterrupt):
+            tell(what)
+
+    if handler is not signal.default_int_handler:  # ignored, as under nohup, or another's
         yield pressed
         return
     signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = dropped
     try:
         yield pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = tell
 
 
 def _closing_line(stream: Any) -> None:

@@ -312,7 +312,6 @@ class Finalized:
         signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(signal.getsignal(signal.SIGINT) is not signal.default_int_handler, reason="Ctrl-C is not Python's")
 def test_ctrl_c_that_python_drops_ends_the_text_too(capsys):
     class Stream:
