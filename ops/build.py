@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -145,7 +145,8 @@ def _load_or_compile(request: Request, key: str) -> Callable:
         def write(folder: Path) -> Path:
             path = _write(executable.mod, folder)
             if path.suffix == ".so":
-                linked.append(tvm.runtime.load_module(str(path)))
+                with suppress(RuntimeError):  # a folder that nothing may be executed from
+                    linked.append(tvm.runtime.load_module(str(path)))
             return path
 
         store.kernels.put(key, f"{request.op.name}({request.arguments})", write)

@@ -119,17 +119,17 @@ class Store:
                 path = write(Path(work))
                 record = Path(work) / "record.json"
                 record.write_text(json.dumps({"what": what, "digest": self._digest(path), "suffix": path.suffix}))
+                size = path.stat().st_size  # while nobody else can remove it
                 path.replace(folder / f"{key}{path.suffix}")
                 record.replace(folder / f"{key}.json")  # last: an entry without its record does not exist
         except OSError:
             _remove(folder, key)
             return
-        size = (folder / f"{key}{path.suffix}").stat().st_size
-        if folder not in _unchecked or _unchecked[folder] + size > self.limit() // 64:
+        limit = self.limit()
+        _unchecked[folder] = _unchecked.get(folder, limit) + size  # nobody knows what was there before
+        if _unchecked[folder] > limit // 64:
             _unchecked[folder] = 0
             self._trim(folder, keep=key)
-        else:
-            _unchecked[folder] += size
 
     def keep(self, name: str, text: str) -> None:
         """Keep a short text under a name of its own, atomically, where the cache can be written."""

@@ -162,6 +162,16 @@ def test_a_c_compiler_that_does_not_link(source, folder, monkeypatch):
     assert len(build.log) == 1 and len([*folder.glob("*.ll")]) == 1
 
 
+def test_a_folder_that_nothing_may_be_executed_from(source, folder, monkeypatch):
+    def refused(path):
+        raise RuntimeError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(build.tvm.runtime, "load_module", refused)
+    run(load(source))
+    run(load(source))
+    assert reasons()[0] == "not in the disk cache" and "failed to map" in reasons()[1]
+
+
 @pytest.mark.parametrize("suffix", [".so", ".json"])
 def test_a_damaged_entry_is_built_again(source, folder, suffix):
     run(load(source))
