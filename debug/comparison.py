@@ -192,10 +192,10 @@ def compare(a: Any, b: Any, ids: Sequence[int], tolerance: float | None = None) 
     bound = tolerance if tolerance is not None else _bound(run.model.dtype, values.dtype)
     with run.on():
         flow = followed(run.model, ids)
-        introduced, wrong = _introduced(run.model, ids, flow, values, bound)
+        introduced = _introduced(run.model, ids, flow, values, bound)
     label = b.label if isinstance(b, Run) else label_of(b, run.model)
     comparison = Comparison(run.label, label, len(ids), bound)
-    comparison.rows = _rows(flow.nodes, Alignment(flow.nodes, values, 0, len(ids)), introduced, wrong, bound)
+    comparison.rows = _rows(introduced)
     return comparison
 
 
@@ -297,34 +297,29 @@ class _Introduced(Forced):
             return np.where(np.abs(own - exact) <= 2.0**-7 * np.abs(exact), exact, own)  # else it is another's by now
 
 
-def _introduced(
-    model: Any, ids: Sequence[int], flow: Flow, values: Values, bound: float
-) -> tuple[dict[int, Difference], set[int]]:
-    """What each call introduces, and the calls that are wrong by it."""
+def _introduced(model: Any, ids: Sequence[int], flow: Flow, values: Values, bound: float) -> _Introduced:
     forced = _Introduced(flow.nodes, Alignment(flow.nodes, values, 0, len(ids)), bound)
     with ops.intercepted(forced):
         model(ids, model.new_cache())
-    return forced.found, forced.wrong
+    return forced
 
 
 def _bound(*dtypes: str) -> float:
     return max(KERNEL.get(each, KERNEL["float32"]) for each in dtypes)
 
 
-def _rows(
-    nodes: list[Node], alignment: Alignment, introduced: dict[int, Difference], wrong: set[int], bound: float
-) -> list[Row]:
+def _rows(introduced: _Introduced) -> list[Row]:
     rows: list[Row] = []
-    for node in nodes:
+    for node in introduced.nodes:
         makers = [rows[index] for index in node.makers.values()]
         inherited = max((each.inherited if each.total is None else each.total for each in makers), default=0.0)
-        total, by_position = _total(node, alignment)
-        found = introduced.get(node.index)
-        if node.index in wrong:
+        total, by_position = _total(node, introduced.alignment)
+        found = introduced.found.get(node.index)
+        if node.index in introduced.wrong:
             status = "introduced"
         elif any(each.status in ("introduced", "inherited") for each in makers):
             status = "inherited"
-        elif not node.makers and (total or 0.0) > bound:
+        elif not node.makers and (total or 0.0) > introduced.bound:
             status = "inherited"  # by a way that is not seen, such as NumPy
         else:
             status = "unaligned" if total is None else "agrees"

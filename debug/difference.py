@@ -73,13 +73,18 @@ def _is_float(value: Any) -> bool:
 class Expected:
     """What a call should give: its reference on its real inputs. Made before the launch, which may overwrite them."""
 
-    def __init__(self, call: Call, wide: bool = False):
-        self.call, self.given = call, inputs_of(call)
+    def __init__(self, call: Call, given: dict[str, Any] | None = None, wide: bool = False):
+        self.call, self.given = call, inputs_of(call) if given is None else given
         self.values = referred(call, self.given, wide)
+
+    def pairs(self, output: Any) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+        """Each thing that the call gave, by name, and what it should be."""
+        for (name, tensor), wanted in zip(results(self.call, output).items(), self.values, strict=True):
+            yield name, tensor, wanted
 
     def differences(self, output: Any) -> Iterator[tuple[str, Tensor, Difference]]:
         """Each thing that the call gave, by name, and its difference from what it should be."""
-        for (name, tensor), wanted in zip(results(self.call, output).items(), self.values, strict=True):
+        for name, tensor, wanted in self.pairs(output):
             yield name, tensor, introduced(tensor, wanted, self.given[name] if name in self.call.op.writes else None)
 
 

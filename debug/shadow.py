@@ -28,7 +28,7 @@ from ops.spec import FLOATS
 
 from . import storage
 from .clean import Clean
-from .difference import Difference, bound, inputs_of, introduced, referred, results
+from .difference import Difference, Expected, bound, inputs_of, referred, results
 from .tolerance import relative_error
 from .tool import Tool
 
@@ -133,7 +133,7 @@ class Check(Tool):
         given = inputs_of(call)
         wanted, cleaned, refusal = None, None, None
         try:
-            wanted = referred(call, given, self.against == "float64") if due else None
+            wanted = Expected(call, given, wide=self.against == "float64") if due else None
             cleaned = self._clean and referred(call, self._cleaned(call, given), True)
         except Exception as error:  # told below, unless the kernel refuses as well and tells in its own words
             refusal = error
@@ -146,7 +146,7 @@ class Check(Tool):
             raise CheckError(f"{call.full_address}, {call.source}: the kernel takes {what}: {told}") from refusal
         total = self._put(call, output, cleaned) if cleaned is not None else None
         if wanted is not None:
-            self._judge(call, given, wanted, output, inherited, total)
+            self._judge(call, wanted, output, inherited, total)
         return output
 
     def _begin_pass(self, number: int) -> None:
@@ -200,16 +200,11 @@ class Check(Tool):
         return max(errors)
 
     @_QUIET
-    def _judge(
-        self, call: Call, given: dict[str, Any], wanted: Sequence[np.ndarray], output: Any,
-        inherited: float | None, total: float | None,
-    ) -> None:  # fmt: skip
+    def _judge(self, call: Call, wanted: Expected, output: Any, inherited: float | None, total: float | None) -> None:
         self.checked += 1
         found: list[tuple[float, str, Difference, float]] = []
-        for (name, tensor), reference in zip(results(call, output).items(), wanted, strict=True):
+        for name, tensor, error in wanted.differences(output):
             allowed = bound(tensor) if self.tolerance is None or tensor.dtype not in FLOATS else self.tolerance
-            before = given[name] if name in call.op.writes else None
-            error = introduced(tensor, reference, before)
             found.append((_excess(error.error, allowed), name, error, allowed))
         if not found:
             return

@@ -125,7 +125,8 @@ class _Checked(ops.Interceptor):
         key = (call.address, *map(_key, call.args))
         if key in self.seen:
             output = launched(call, launch, "kernel")
-            if not call.op.writes and any(not np.isfinite(each.numpy()).all() for each in _floats(output)):
+            floats = (each for each in tensors(output) if each.dtype in FLOATS)
+            if not call.op.writes and not all(np.isfinite(each.numpy()).all() for each in floats):
                 self._check_finite(call, output, Expected(call))
             return output
         self.seen.add(key)
@@ -152,8 +153,10 @@ class _Checked(ops.Interceptor):
 
     def _check_finite(self, call: Call, output: Any, wanted: Expected) -> None:
         """Until here everything was finite; -inf is what a mask is made of."""
-        for tensor, right in zip(_floats(output), wanted.values, strict=False):  # what is written comes after these
+        for name, tensor, right in wanted.pairs(output):
             values = tensor.numpy()
+            if name in call.op.writes or tensor.dtype not in FLOATS:
+                continue
             if (np.isinf(values) & np.isfinite(right)).any():
                 text = f"its result, up to {np.abs(right).max():.6g}, is beyond the range of {tensor.dtype}"
             elif np.isnan(values).any() or np.isposinf(values).any():
@@ -186,11 +189,6 @@ class _Checked(ops.Interceptor):
         if left > 0:
             text += f"; {left} elements are NaN: not written, or made of what the call has no right to read"
         return text
-
-
-def _floats(output: Any) -> list[Tensor]:
-    """The outputs of a call that are floats, which come before its integers."""
-    return [each for each in tensors(output) if each.dtype in FLOATS]
 
 
 def _kernel(call: Call) -> str:
