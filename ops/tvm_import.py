@@ -7,13 +7,13 @@ import sys
 from types import ModuleType
 from typing import cast
 
-if "torch" in sys.modules:
-    import tvm
-else:
+_hidden = "torch" not in sys.modules
+if _hidden:
     sys.modules["torch"] = cast(ModuleType, None)  # what Python takes for "cannot be imported"
-    try:
-        import tvm
-    finally:
+try:
+    import tvm
+finally:
+    if _hidden:
         del sys.modules["torch"]
 
 __all__ = ["tvm"]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 import ops
-from ops.spec import Dim, Spec
-from tests.ops.capture import compiled
+from ops.spec import Spec
+from tests.ops import capture
 
 _COLD = 2**28  # bytes of weights in turn, so that each comes from memory
 
@@ -18,8 +18,8 @@ _COLD = 2**28  # bytes of weights in turn, so that each comes from memory
 def times(tokens: int, inputs: int, outputs: int, dtype: str, weights: str, seconds: float = 3.0) -> dict[str, Any]:
     """Seconds of each run of "fused", "apart" and "linear" alone, taken in turns."""
     rng = np.random.default_rng(0)
-    size = 1 if tokens == 1 else Dim("n", 2, 16) if tokens <= 16 else Dim("n", 17)
-    kernel = compiled(
+    size = capture.tokens(tokens)
+    kernel = capture.compiled(
         lambda call, x, w, up: call(ops.silu_mul, call(ops.linear, x, w), up),
         x=Spec((size, inputs), dtype), w=Spec((outputs, inputs), weights), up=Spec((size, outputs), dtype),
     )  # fmt: skip

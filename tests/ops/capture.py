@@ -47,6 +47,11 @@ def capture(steps: Callable[..., Any], **inputs: Spec) -> tvm.IRModule:
     return builder.get()
 
 
+def tokens(count: int) -> int | Dim:
+    """The size that the ops build a kernel of so many tokens for."""
+    return 1 if count == 1 else Dim("n", 2, 16) if count <= 16 else Dim("n", 17)
+
+
 def only_function(module: tvm.IRModule) -> tirx.PrimFunc:
     """The one PrimFunc of a fused module, which its `main` calls once."""
     functions = [each for each in module.functions.values() if isinstance(each, tirx.PrimFunc)]

@@ -27,8 +27,7 @@ def check(op: Any, *args: Any, tolerance: float | None = None, **constants: Any)
     tensors = [ops.tensor(each) if isinstance(each, np.ndarray) else each for each in args]
     expected = op.reference(*[each.copy() if isinstance(each, np.ndarray) else each for each in args], **constants)
     specs = op.spec(*tensors, **constants)
-    for spec in specs if isinstance(specs, tuple) else (specs,):
-        poison(spec)
+    poison(*(specs if isinstance(specs, tuple) else (specs,)))
     output = op(*tensors, **constants)
     written = [tensors[op.parameters.index(name)] for name in op.writes]
     actual = [*(output if isinstance(output, tuple) else () if output is None else (output,)), *written]

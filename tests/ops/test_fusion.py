@@ -11,7 +11,7 @@ from debug.tolerance import KERNEL, relative_error
 from ops.quantize import FORMATS, quantize_activations
 from ops.schedule import fused
 from ops.spec import Dim, Spec
-from tests.ops.capture import capture, compiled, only_function
+from tests.ops.capture import capture, compiled, only_function, tokens
 from tests.ops.harness import random
 
 EPS = 1e-5
@@ -19,11 +19,6 @@ SIZES = [1, 5, 40]
 WEIGHTS = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
 WEIGHTS += [("float32", form) for form in FORMATS] + [("bfloat16", "q8")]
 SHAPES = [(7, 33), (96, 40), (100, 257)]
-
-
-def tokens(n):
-    """The size that the ops build a kernel of n tokens for."""
-    return 1 if n == 1 else Dim("n", 2, 16) if n <= 16 else Dim("n", 17)
 
 
 def spec(n, width, dtype):

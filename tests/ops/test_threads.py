@@ -215,7 +215,7 @@ tell(least=min(times), most=max(times))
 """
     workers = len(threads.cores()) - 1
     assert told(code)["least"] < 0.05 * workers
-    assert told(code, TVM_THREAD_POOL_SPIN_COUNT="2000000")["most"] > 0.05 * workers  # what the measure can see
+    assert told(code, TVM_THREAD_POOL_SPIN_COUNT="2000000")["most"] > 0.1  # what the measure can see
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
