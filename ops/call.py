@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -221,3 +221,10 @@ def as_tuple(value: Any) -> tuple:
 def signature_line(name: str, function: Callable) -> str:
     """`name(x: Tensor, *, eps: float) -> Tensor`, for help and errors."""
     return f"{name}{inspect.signature(function)}".replace("'", "")
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors that an op or a module gave."""
+    for each in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(each, Tensor):
+            yield each
