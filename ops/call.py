@@ -131,11 +131,16 @@ def _brief(value: Any) -> str:
 class Kernel:
     """What computes an op: `launch(call, outputs)` fills the output tensors, and written arguments in place.
 
-    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, "python" for a Python function.
+    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, else the language it is written in.
     """
 
     def __init__(self, name: str, origin: str, launch: Callable[[Call, tuple[Tensor, ...]], None]):
         self.name, self.origin, self.launch = name, origin, launch
+        self.dtypes: dict[str, str] = {}  # of the op's arguments and outputs, by name, where the kernel fixes them
+
+    def fits(self, call: Call) -> bool:
+        """Whether the kernel is made for sizes like the call's."""
+        return True
 
     @classmethod
     def from_python(cls, function: Callable) -> Kernel:
@@ -181,6 +186,10 @@ class Use:
         """The kernel from before is back. Removing twice is harmless."""
         with uses_lock:
             self.op._uses = tuple(use for use in self.op._uses if use is not self)
+
+    def applies(self, call: Call) -> bool:
+        """Whether it computes the call."""
+        return self.where.matches(call)
 
     def launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         """Count the call and compute it."""

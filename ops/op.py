@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 from . import build, intercept, memory, threads
 from .call import Call, Kernel, Use, as_tuple, raw, signature_line, uses_lock
@@ -20,6 +20,10 @@ from .scope import active, current, pass_call
 from .select import Selector
 from .spec import Dim, Spec
 from .tensor import Tensor, _wrap
+
+if TYPE_CHECKING:
+    from .swap import Swap
+    from .table import Table
 
 Symbolic = Mapping[str, str | tuple[str | None, ...]]  # which sizes of which arguments stay open
 
@@ -152,7 +156,7 @@ class Op(Generic[P, R]):
 
     def used_for(self, call: Call) -> Use | None:
         """Which `use` computes a call of this op; None when it is the op's own kernel."""
-        return next((use for use in reversed(self._uses) if use.where.matches(call)), None)
+        return next((use for use in reversed(self._uses) if use.applies(call)), None)
 
     def _launch(self, plan: Plan, call: Call) -> Any:
         use = self.used_for(call)
@@ -332,6 +336,37 @@ class Op(Generic[P, R]):
         with uses_lock:
             self._uses = (*self._uses, use)
         return use
+
+    def swap(self, language: str, **options: Any) -> Callable[[Any], Swap]:
+        """Decorator: replaces the op's kernel by hand-written source, for some calls or all; gives a `Swap`.
+
+        `language`: "c", "c++", "cuda", "metal", "wgsl", "opencl" (the text is the function's docstring, what it
+        returns, or in `file=`), "python", "tvmscript", "triton" (what is decorated is the kernel). Options:
+
+        where       a selector: which calls (all, when None)
+        check       which calls are compared with the reference: "first 8, then 1/64", "always", "never"
+        edge_cases  False: not compared with the reference on the op's edge cases first
+        grid, block, shared
+                    blocks, threads of a block, bytes of shared memory: numbers, tuples, functions of the call's tensors
+        dims        more names for parameters: {"heads": lambda q, *_: q.shape[1]}
+        file        where the text is
+        device      "emulate": on the CPU
+        flags       for the compiler
+        sandbox     False: it runs in this process at once
+        active      False: only in `with swap.active():`
+
+        Raises SwapRefused for a kernel that does not fit the op or is wrong, SourceError for one that does not compile.
+        """
+        from .swap import decorator
+
+        return decorator(self, language, **options)
+
+    @property
+    def swaps(self) -> Table:
+        """The swaps of this op, the first to be asked at the top."""
+        from .swap import Swap, table
+
+        return table([use for use in self._uses if isinstance(use, Swap)])
 
     def tir(self, *args: Any, **constants: Any) -> build.Text:
         """The TVMScript of the op's block definition at these arguments' shapes."""
