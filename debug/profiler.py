@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import ops
 from ops import Call, ceilings, html
-from ops.op import Plan
+from ops.plan import Plan
 from ops.scope import Scope
 from ops.table import Table
 

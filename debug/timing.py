@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ops import Spec, build
-from ops.op import Plan
+from ops.plan import Plan
 
 from .costs import Cost
 

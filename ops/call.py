@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 import threading
@@ -19,7 +18,8 @@ from .spec import Spec
 from .tensor import Tensor
 
 if TYPE_CHECKING:
-    from .op import Op, Plan
+    from .op import Op
+    from .plan import Plan
     from .scope import Scope
     from .select import Selector
 
@@ -131,7 +131,7 @@ def _brief(value: Any) -> str:
 class Kernel:
     """What computes an op: `launch(call, outputs)` fills the output tensors, and written arguments in place.
 
-    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, else the language it is written in.
+    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, else its language.
     """
 
     def __init__(self, name: str, origin: str, launch: Callable[[Call, tuple[Tensor, ...]], None]):
@@ -225,11 +225,6 @@ def as_tuple(value: Any) -> tuple:
     if value is None:
         return ()
     return value if isinstance(value, tuple) else (value,)
-
-
-def signature_line(name: str, function: Callable) -> str:
-    """`name(x: Tensor, *, eps: float) -> Tensor`, for help and errors."""
-    return f"{name}{inspect.signature(function)}".replace("'", "")
 
 
 def tensors(output: Any) -> Iterator[Tensor]:

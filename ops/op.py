@@ -13,12 +13,15 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
-from . import build, intercept, memory, threads
-from .call import Call, Kernel, Use, as_tuple, raw, signature_line, uses_lock
+from . import build, intercept, memory
+from .call import Call, Kernel, Use, as_tuple, raw, uses_lock
 from .errors import KernelError, OpError, ShapeError, announce
+from .parameters import kind_of, signature_line, type_name
+from .plan import Plan
 from .scope import active, current, pass_call
 from .select import Selector
 from .spec import Dim, Spec
+from .steps import Steps
 from .tensor import Tensor, _wrap
 
 if TYPE_CHECKING:
@@ -40,30 +43,6 @@ def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor
     return cast(Tensor, (x if isinstance(x, Spec) else x.spec).like(shape, dtype))
 
 
-class Plan:
-    """What an op does for one combination of specs and constants: its outputs and its compiled kernel.
-
-    `output` is the spec of the only output, None where there are several or none.
-    """
-
-    __slots__ = ("constants", "op", "output", "outputs", "run", "specs")
-
-    def __init__(self, op: Op, specs: tuple, constants: dict[str, Any], outputs: tuple[Spec, ...]):
-        self.op, self.specs, self.constants, self.outputs = op, specs, constants, outputs
-        self.output = outputs[0] if len(outputs) == 1 else None
-        nothing = bool(outputs) and all(spec.size == 0 for spec in outputs) and not op.writes
-        self.run: Callable[..., Any] = (lambda *_: None) if nothing else self._build_and_run
-
-    def request(self) -> build.Request:
-        """What to compile: the op at symbolic sizes."""
-        return build.Request(self.op, self.op.symbolic_specs(self.specs), self.constants)
-
-    def _build_and_run(self, *data: Any) -> None:
-        self.run = build.function(self.request())
-        threads.settle()
-        self.run(*data)
-
-
 class Op(Generic[P, R]):
     """An op: call it with tensors. `reference`, `tir`, `source`, `spec` show what it is; `use` replaces its kernel."""
 
@@ -78,7 +57,7 @@ class Op(Generic[P, R]):
         self.__signature__ = inspect.signature(rule)
         parameters = self.__signature__.parameters
         self.parameters = tuple(n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self._kinds = tuple(_kind(self.name, parameters[name]) for name in self.parameters)
+        self._kinds = tuple(kind_of(self.name, parameters[name]) for name in self.parameters)
         unknown = {*self.writes, *self.symbolic} - {*self.parameters}
         if unknown:
             raise TypeError(f"{self.name}: writes= and symbolic= name {sorted(unknown)}, which are no arguments of it")
@@ -86,6 +65,7 @@ class Op(Generic[P, R]):
         self._kernel: Callable | None = None
         self._templates: dict[str, Callable] = {}
         self._composed: Callable | None = None
+        self._examples: Callable | None = None
         self._uses: tuple[Use, ...] = ()
         self._plans: dict[tuple, Plan] = {}
         registry[self.name] = self
@@ -213,10 +193,10 @@ class Op(Generic[P, R]):
             if not isinstance(value, kinds) and not (value is None and optional):
                 expected = f"{kind.__name__}{' or None' if optional else ''}"
                 hint = "; pass ops.tensor(...)" if kind is Tensor else ""
-                raise OpError(f"{self._here}: {name} is {_type_name(value)}, expected {expected}{hint}")
+                raise OpError(f"{self._here}: {name} is {type_name(value)}, expected {expected}{hint}")
         for name, value in bound.arguments.items():
             if isinstance(value, (Tensor, Spec)):
-                raise OpError(f"{self._here}: {name} is {_type_name(value)}; it is a compile-time constant")
+                raise OpError(f"{self._here}: {name} is {type_name(value)}; it is a compile-time constant")
         while values and values[-1] is None:
             values.pop()
         return tuple(values), bound.arguments
@@ -313,11 +293,16 @@ class Op(Generic[P, R]):
         self._composed = function
         return function
 
+    def examples(self, function: Callable) -> Callable:
+        """Registers small calls at the edges of what the op takes: see `ops.examples`."""
+        self._examples = function
+        return function
+
     def steps(self) -> AbstractContextManager[None]:
         """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
         if self._composed is None:
             raise OpError(f"{self.name} has no steps; it is one kernel")
-        return intercept.intercepted(_Steps(self, self._composed))
+        return intercept.intercepted(Steps(self, self._composed))
 
     def use(self, kernel: Any, where: Any = None) -> Use:
         """Use another kernel for the calls that `where` means (all, when None); the last one in use wins.
@@ -385,35 +370,6 @@ class Op(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"ops.{self.signature}"
-
-
-class _Steps(intercept.Interceptor):
-    """Runs an op as its steps; they are filed under the op's name, as `layers.0.self_attn.attention/softmax[0]`."""
-
-    def __init__(self, op: Op, composed: Callable):
-        self._op, self._composed = op, composed
-
-    @property
-    def name(self) -> str:
-        return self._op.name
-
-    def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
-        return self._composed(*call.args, **call.constants) if call.op is self._op else launch(call)
-
-
-def _kind(op_name: str, parameter: inspect.Parameter) -> tuple[type, bool]:
-    """What a run-time parameter's annotation, a text or a type, asks for: Tensor, int or float, and whether or None."""
-    annotation = parameter.annotation
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    names = [each.strip().rpartition(".")[2] for each in text.split("|")]
-    kinds = {"Tensor": Tensor, "int": int, "float": float}
-    if names[0] not in kinds or names[1:] not in ([], ["None"]):
-        raise TypeError(f"{op_name}: {parameter} must be annotated as Tensor, int or float, or one of them | None")
-    return kinds[names[0]], len(names) > 1
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def op(

@@ -6,7 +6,7 @@
     layers.0.self_attn/rope[1]     the second `rope` call of that module
     /linear                        every call of the op `linear`, wherever it is made
     layers.0-3.*/linear@2          in the second pass only
-    /linear dtype=bfloat16 rows=1  further words narrow by the first input: dtype, device, rows (its first size), shape=1x64
+    /linear dtype=bfloat16 rows=1  further words narrow by the first input: dtype, device, rows (first size), shape=1x64
     layers.0, layers.7             a comma means "or"
 
 A function of the `Call`, an op, a list of selectors, or None (every call) also serve.

@@ -216,7 +216,8 @@ class Swap(Use):
         warnings.warn(text, SwapWarning, stacklevel=2)
 
     def __repr__(self) -> str:
-        return f"<swap {self.name} ({self.recipe.language}) of {self.op.name} where {self.where}: {self.state}, {self.hits} hits>"
+        of = f"{self.name} ({self.recipe.language}) of {self.op.name} where {self.where}"
+        return f"<swap {of}: {self.state}, {self.hits} hits>"
 
 
 def _own(call: Call, outputs: tuple[Tensor, ...]) -> None:

@@ -40,9 +40,7 @@ class Schedule:
             return cls(*_FULL[text])
         match = _SCHEDULE.fullmatch(text.strip()) if isinstance(text, str) and text.strip() else None
         if match is None or match["every"] == "0":
-            raise OpError(
-                f"check is {text!r}, expected as 'first 8, then 1/64', 'first 8', '1/64', 'always' or 'never'"
-            )
+            raise OpError(f"check is {text!r}, expected 'first 8, then 1/64', 'first 8', '1/64', 'always' or 'never'")
         return cls(int(match["first"] or 0), int(match["every"] or 0))
 
     def means(self, number: int) -> bool:

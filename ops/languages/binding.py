@@ -156,9 +156,7 @@ def triple(given: int | tuple | Callable | None, call: Call, what: str) -> tuple
     value = given(*call.args) if callable(given) else given
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (1 if value is None else value,)
     if not 1 <= len(sizes) <= 3 or not all(isinstance(_plain(each), int) and each > 0 for each in sizes):
-        raise SwapRefused(
-            f"{what} is {value!r}, expected one to three whole numbers above 0, or a function of the call"
-        )
+        raise SwapRefused(f"{what} is {value!r}, expected 1 to 3 whole numbers above 0, or a function of the call")
     x, y, z = (*map(int, sizes), 1, 1)[:3]
     return x, y, z
 

@@ -1,4 +1,4 @@
-"""A kernel of hand-written source: compiled for what a call has, kept, and launched in the sandbox until it is trusted."""
+"""A kernel of hand-written source: compiled for what a call has, and launched in the sandbox until it is trusted."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def shown(path: str | Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def definition(function: Callable) -> tuple[ast.FunctionDef, list[str], str]:
-    """The function as its file has it now: its node, with the file's line numbers, the file's lines and its name."""
+def definition(function: Callable) -> tuple[ast.FunctionDef, str]:
+    """The function as its file has it now: its node, with the file's line numbers, and the file."""
     path = function.__code__.co_filename
     linecache.checkcache(path)
     lines = linecache.getlines(path)
@@ -75,7 +75,7 @@ def definition(function: Callable) -> tuple[ast.FunctionDef, list[str], str]:
     if not found:
         raise SourceError(f"{shown(path)} has no function {name} any more" if lines else f"{name} has no source file")
     line = function.__code__.co_firstlineno  # of several with the same name, the nearest to where this one stood
-    return min(found, key=lambda node: abs(_first_line(node) - line)), lines, path
+    return min(found, key=lambda node: abs(_first_line(node) - line)), path
 
 
 def _first_line(node: ast.FunctionDef) -> int:
@@ -86,16 +86,17 @@ def _of_function(function: Callable | None, entry: str) -> Source:
     """The text in a function: its docstring, or the string that it returns."""
     assert function is not None
     try:
-        node, _, path = definition(function)
+        node, path = definition(function)
     except SourceError:
         if linecache.getlines(function.__code__.co_filename):
             raise
         return Source(_text_without_file(function), entry, function.__code__.co_filename, 1)  # of exec, or typed
     for statement in node.body:
         value = getattr(statement, "value", None)
-        if isinstance(statement, (ast.Expr, ast.Return)) and isinstance(value, ast.Constant):
-            if isinstance(value.value, str):
-                return Source(value.value, entry, shown(path), value.lineno)
+        if not isinstance(statement, (ast.Expr, ast.Return)) or not isinstance(value, ast.Constant):
+            continue
+        if isinstance(value.value, str):
+            return Source(value.value, entry, shown(path), value.lineno)
     return Source(_returned(function), entry, shown(path), node.lineno)
 
 
@@ -112,7 +113,7 @@ def _text_without_file(function: Callable) -> str:
 
 def redefined(function: Callable) -> Callable:
     """The function as its file has it now, without its decorators, in the globals that it had."""
-    node, lines, path = definition(function)
+    node, path = definition(function)
     node.decorator_list = []
     module = ast.Module([node], [])
     names = dict(function.__globals__)

@@ -19,7 +19,7 @@ from tvm.s_tir.analysis import OOBChecker
 
 from .. import build
 from ..call import Call, Kernel, raw
-from ..errors import KernelError, SwapRefused
+from ..errors import SwapRefused
 from ..op import Op
 from ..spec import Spec
 from ..tensor import Tensor
@@ -45,7 +45,7 @@ class PrimFuncKernel(Kernel):
         super().__init__(name, "tvmscript", self._launch)
         self.function = function
         self._names = (*op.parameters, *output_names(op))
-        self._parameters = [p for p in function.params]
+        self._parameters = list(function.params)
         _check_bounds(name, function)
         self._run = build.compiled(function, name)
         given = zip(self._names, self._parameters, strict=False)
@@ -63,17 +63,23 @@ class PrimFuncKernel(Kernel):
         return True
 
     def _launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
-        values = raw((*call.args, *outputs))
-        if len(values) != len(self._parameters):
+        if not self.fits(call):
+            wanted = ", ".join(map(_described, self._parameters))
+            given = ", ".join(str(getattr(each, "spec", each)) for each in (*call.args, *outputs))
             raise SwapRefused(
-                f"{self.name} has {len(self._parameters)} parameters, this call of {call.op.name} has {len(values)} "
-                f"tensors and numbers: {', '.join(self._names)}"
+                f"{self.name} is made for ({wanted}), this call of {call.op.name} has ({given}); narrow the swap with "
+                f"where=, such as '/{call.op.name} dtype=float32'"
             )
-        self._run(*values)
+        self._run(*raw((*call.args, *outputs)))
 
     def sources(self) -> dict[str, str]:
         """The TVMScript, and what TVM made of it."""
         return {"tvmscript": self.function.script()}
+
+
+def _described(parameter: Any) -> str:
+    sizes = f"[{', '.join(map(str, parameter.shape))}]" if hasattr(parameter, "shape") else ""
+    return f"{parameter.name}: {parameter.dtype}{sizes}"
 
 
 def _same_sizes(parameter: Any, spec: Spec) -> bool:
@@ -88,5 +94,8 @@ def _check_bounds(name: str, function: Any) -> None:
     module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
     try:
         OOBChecker()(module)
-    except Exception as error:  # a diagnostic of TVM's
-        raise KernelError(f"{name} reaches out of bounds: {error}") from None
+    except tvm.s_tir.ScheduleError as error:
+        lines = str(error).split("\n")
+        marked = next((f"\n{lines[i - 1]}\n{lines[i]}" for i in range(1, len(lines)) if set(lines[i]) == {" ", "^"}), "")
+        why = str(error).rpartition("Error message: ")[2].strip()
+        raise SwapRefused(f"{name} reaches out of bounds: {why}{marked}") from None
