@@ -25,6 +25,7 @@ from .steps import Steps
 from .tensor import Tensor, _wrap
 
 if TYPE_CHECKING:
+    from .race import Race
     from .swap import Swap
     from .table import Table
 
@@ -345,6 +346,13 @@ class Op(Generic[P, R]):
         from .swap import decorator
 
         return decorator(self, language, **options)
+
+    def race(self, *args: Any, **constants: Any) -> Race:
+        """All known kernels of the op on these arguments: time, share of what the machine can do, error. A table."""
+        from .race import race
+
+        bound, full = self._bound(args, constants)
+        return race(Call(self, bound, full, current.get(), 0))
 
     @property
     def swaps(self) -> Table:

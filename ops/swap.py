@@ -183,7 +183,7 @@ class Swap(Use):
             self.hits += 1
         kind = _specs(call)
         if kind in self.quarantined:
-            _own(call, outputs)
+            own(call, outputs)
         elif self.schedule.means(number):
             self._launch_checked(call, outputs, kind, number)
         else:
@@ -210,7 +210,7 @@ class Swap(Use):
             raise SwapRefused(f"{self.name} is wrong at its first call, and was removed: {wrong}")
         self.quarantined[kind] = str(wrong)
         self._warn(f"{self.name} is wrong, and {self.op.name}'s own kernel computes these shapes again: {wrong}")
-        _own(call, outputs)
+        own(call, outputs)
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, SwapWarning, stacklevel=2)
@@ -220,7 +220,7 @@ class Swap(Use):
         return f"<swap {of}: {self.state}, {self.hits} hits>"
 
 
-def _own(call: Call, outputs: tuple[Tensor, ...]) -> None:
+def own(call: Call, outputs: tuple[Tensor, ...]) -> None:
     """What the op's own kernel gives."""
     plan = call._plan or call.op.plan(call.args, call.constants)
     plan.run(*raw(call.args), *[each.buffer.data for each in outputs])

@@ -96,6 +96,7 @@ def _check_bounds(name: str, function: Any) -> None:
         OOBChecker()(module)
     except tvm.s_tir.ScheduleError as error:
         lines = str(error).split("\n")
-        marked = next((f"\n{lines[i - 1]}\n{lines[i]}" for i in range(1, len(lines)) if set(lines[i]) == {" ", "^"}), "")
+        marks = [i for i in range(1, len(lines)) if set(lines[i]) == {" ", "^"}]
+        marked = f"\n  {lines[marks[-1] - 1].strip()}" if marks else ""
         why = str(error).rpartition("Error message: ")[2].strip()
         raise SwapRefused(f"{name} reaches out of bounds: {why}{marked}") from None
