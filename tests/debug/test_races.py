@@ -47,13 +47,13 @@ def edited(gate, up):
 
 def test_reload_at_the_prompt(rng, monkeypatch, tmp_path):
     case = Case(rng, "decode")
-    wanted = case.run()
     file = tmp_path / "kernels.py"
     file.write_text(FILE.format("1"))
     spec = importlib.util.spec_from_file_location("kernels", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    wanted = case.run()
     monkeypatch.setattr("llm.models.llama.file", file, raising=False)
     new = FILE.format("(1 + 0)")
     session = typed(monkeypatch, "reload", f"file.write_text({new!r})", "reload", "rerun", "c")
