@@ -14,6 +14,7 @@ when it is right.
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import os
@@ -34,7 +35,7 @@ from .call import Call, Kernel, Use, raw, uses_lock
 from .errors import KernelError, OpError, SelectorError, SwapRefused, SwapWarning
 from .languages.base import LaunchError, Options
 from .languages.kernel import Shape, SourceKernel
-from .languages.source import Origin, plain_function, redefined
+from .languages.source import Origin, definition, plain_function, redefined
 from .op import Op, registry
 from .select import Selector
 from .table import Table
@@ -71,6 +72,12 @@ class Recipe:
         except LaunchError as error:
             raise SwapRefused(f"{made.name} on an edge case: {error}") from None
 
+    def text(self) -> str | None:
+        """What the kernel is written in, as it is now; None for what stands in no file."""
+        if self.language in languages.TEXTS:
+            return self.origin.read().text
+        return ast.unparse(definition(self.origin.function)[0]) if self.origin.path and self.origin.function else None
+
     def again(self) -> Recipe:
         """The recipe with the function as its file has it now."""
         function = plain_function(self.decorated)
@@ -90,6 +97,7 @@ class Swap(Use):
         self._gone = ""  # why it is not in use any more
         self._reloading = threading.Lock()
         self._seen, self._looked = _modified(recipe.origin), time.monotonic()
+        self._text = recipe.text()
         kernel, self.checked = recipe.kernel()
         super().__init__(recipe.op, kernel, recipe.where)
 
@@ -152,11 +160,12 @@ class Swap(Use):
         before stays in use. Gives whether the kernel is another one."""
         with self._reloading:
             self._seen = _modified(self.recipe.origin)
-            recipe = self.recipe.again()
-            if isinstance(self.kernel, SourceKernel) and recipe.origin.read().text == self.kernel.source.text:
+            text = self.recipe.text()
+            if text == self._text:
                 return False
+            recipe = self.recipe.again()
             kernel, checked = recipe.kernel()
-            self.recipe, self.kernel, self.checked = recipe, kernel, checked
+            self.recipe, self.kernel, self.checked, self._text = recipe, kernel, checked, text
             self.quarantined, self._since = {}, self.hits
             self.seconds, self.timed = 0.0, 0
             return True
@@ -181,17 +190,16 @@ class Swap(Use):
         with uses_lock:
             number = self.hits - self._since
             self.hits += 1
-        kind = _specs(call)
-        if kind in self.quarantined:
+        if self.quarantined and _specs(call) in self.quarantined:
             own(call, outputs)
         elif self.schedule.means(number):
-            self._launch_checked(call, outputs, kind, number)
+            self._launch_checked(call, outputs, number)
         else:
             begin = time.perf_counter()
             self.kernel.launch(call, outputs)
             self.seconds, self.timed = self.seconds + time.perf_counter() - begin, self.timed + 1
 
-    def _launch_checked(self, call: Call, outputs: tuple[Tensor, ...], kind: tuple, number: int) -> None:
+    def _launch_checked(self, call: Call, outputs: tuple[Tensor, ...], number: int) -> None:
         before = {name: each.numpy().copy() for name, each in call.written.items()}
         wrong: verify.Wrong | LaunchError | None
         try:
@@ -208,7 +216,7 @@ class Swap(Use):
         if number == 0:
             self._leave("refused")
             raise SwapRefused(f"{self.name} is wrong at its first call, and was removed: {wrong}")
-        self.quarantined[kind] = str(wrong)
+        self.quarantined[_specs(call)] = str(wrong)
         self._warn(f"{self.name} is wrong, and {self.op.name}'s own kernel computes these shapes again: {wrong}")
         own(call, outputs)
 

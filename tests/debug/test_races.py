@@ -61,4 +61,6 @@ def test_reload_at_the_prompt(rng, monkeypatch, tmp_path):
         again = case.run()
     assert same(again, wanted)
     assert not session.left
-    assert "no swap's text has changed" in session.said and "reloaded <swap edited (python)" in session.said
+    first, second, rest = session.said.split("(Pdb) ")[1:4]
+    assert first.strip() == "no swap's text has changed" and "reloaded" not in second
+    assert rest.startswith("reloaded <swap edited (python) of silu_mul where 'layers.1-2'")
