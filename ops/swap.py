@@ -33,7 +33,7 @@ import numpy as np
 from . import languages, verify
 from .call import Call, Kernel, Use, raw, uses_lock
 from .errors import KernelError, OpError, SelectorError, SwapRefused, SwapWarning
-from .languages.base import LaunchError, Options
+from .languages.base import LaunchError, Options, SourceError
 from .languages.kernel import Shape, SourceKernel
 from .languages.source import Origin, definition, plain_function, redefined
 from .op import Op, registry
@@ -97,7 +97,9 @@ class Swap(Use):
         self._gone = ""  # why it is not in use any more
         self._reloading = threading.Lock()
         self._seen, self._looked = _modified(recipe.origin), time.monotonic()
-        self._text = recipe.text()
+        self._text: str | None = None  # of what cannot be found again, such as a lambda
+        with contextlib.suppress(SourceError):
+            self._text = recipe.text()
         kernel, self.checked = recipe.kernel()
         super().__init__(recipe.op, kernel, recipe.where)
 
@@ -160,8 +162,7 @@ class Swap(Use):
         before stays in use. Gives whether the kernel is another one."""
         with self._reloading:
             self._seen = _modified(self.recipe.origin)
-            text = self.recipe.text()
-            if text == self._text:
+            if self._text is None or (text := self.recipe.text()) == self._text:
                 return False
             recipe = self.recipe.again()
             kernel, checked = recipe.kernel()

@@ -44,7 +44,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a text defines. `before` are the words before its name; `offset` is where its parameters begin."""
+    """A function that a text defines: `before` are the words before its name, its parameters begin at `offset`."""
 
     name: str
     before: str
