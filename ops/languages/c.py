@@ -37,7 +37,7 @@ DIALECT = signature.Dialect("C", TYPES, frozenset(native.NUMBERS))
 FLAGS = ("-O3", "-march=native", "-g", "-ftabstop=1", "-fvisibility=hidden", "-Wl,-Bsymbolic")
 # What a compiler may let pass in C, though it is never meant.
 STRICT = ("implicit-function-declaration", "incompatible-pointer-types", "int-conversion", "implicit-int")
-CHECKED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
+CHECKED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer", "-fno-delete-null-pointer-checks")
 
 _COMMON = r"""
 #include <math.h>
@@ -150,9 +150,10 @@ class C(Language):
         return (*FLAGS, *strict, *["-fopenmp"] * parallel, *self.options.flags)
 
     def _checked(self, text: str, flags: Sequence[str]) -> Path | None:
-        if native.sanitizer(self.name) is None or native.sanitizer(self.name) != native.sanitizer("c"):
+        runtime = native.sanitizer(self.name)
+        if runtime is None or runtime != native.sanitizer("c"):
             return None  # the sandbox has one sanitizer loaded
-        shared = ["-shared-libasan"] if "clang" in native.sanitizer(self.name).name else []
+        shared = ["-shared-libasan"] if "clang" in runtime.name else []
         return native.build(text, self.name, (*flags, *CHECKED, *shared))
 
 

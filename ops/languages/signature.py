@@ -44,7 +44,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a text defines: `before` are the words before its name, its parameters begin at `offset`."""
+    """A function that a text defines. `before`: the words before its name; `offset`: where its parameters begin."""
 
     name: str
     before: str
