@@ -43,6 +43,8 @@ from .select import Selector
 from .spec import Dim, Spec
 from .tensor import Tensor, empty, integer, tensor, tensor_from_packed, zeros
 
+from . import examples  # isort: skip  they are of all ops
+
 __all__ = [
     "Call",
     "DTypeError",
@@ -72,6 +74,7 @@ __all__ = [
     "div_into",
     "embedding",
     "empty",
+    "examples",
     "gelu",
     "gelu_mul",
     "install",

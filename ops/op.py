@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 from . import build, intercept, memory, threads
-from .call import Call, Kernel, Use, as_tuple, raw, signature_line, uses_lock
+from .call import Call, Kernel, Use, as_tuple, kind_of, raw, signature_line, type_name, uses_lock
 from .errors import KernelError, OpError, ShapeError, announce
 from .scope import active, current, pass_call
 from .select import Selector
@@ -74,7 +74,7 @@ class Op(Generic[P, R]):
         self.__signature__ = inspect.signature(rule)
         parameters = self.__signature__.parameters
         self.parameters = tuple(n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self._kinds = tuple(_kind(self.name, parameters[name]) for name in self.parameters)
+        self._kinds = tuple(kind_of(self.name, parameters[name]) for name in self.parameters)
         unknown = {*self.writes, *self.symbolic} - {*self.parameters}
         if unknown:
             raise TypeError(f"{self.name}: writes= and symbolic= name {sorted(unknown)}, which are no arguments of it")
@@ -82,6 +82,7 @@ class Op(Generic[P, R]):
         self._kernel: Callable | None = None
         self._templates: dict[str, Callable] = {}
         self._composed: Callable | None = None
+        self._examples: Callable | None = None
         self._uses: tuple[Use, ...] = ()
         self._plans: dict[tuple, Plan] = {}
         registry[self.name] = self
@@ -209,10 +210,10 @@ class Op(Generic[P, R]):
             if not isinstance(value, kinds) and not (value is None and optional):
                 expected = f"{kind.__name__}{' or None' if optional else ''}"
                 hint = "; pass ops.tensor(...)" if kind is Tensor else ""
-                raise OpError(f"{self._here}: {name} is {_type_name(value)}, expected {expected}{hint}")
+                raise OpError(f"{self._here}: {name} is {type_name(value)}, expected {expected}{hint}")
         for name, value in bound.arguments.items():
             if isinstance(value, (Tensor, Spec)):
-                raise OpError(f"{self._here}: {name} is {_type_name(value)}; it is a compile-time constant")
+                raise OpError(f"{self._here}: {name} is {type_name(value)}; it is a compile-time constant")
         while values and values[-1] is None:
             values.pop()
         return tuple(values), bound.arguments
@@ -309,6 +310,11 @@ class Op(Generic[P, R]):
         self._composed = function
         return function
 
+    def examples(self, function: Callable) -> Callable:
+        """Registers small calls at the edges of what the op takes: see `ops.examples`."""
+        self._examples = function
+        return function
+
     def steps(self) -> AbstractContextManager[None]:
         """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
         if self._composed is None:
@@ -364,21 +370,6 @@ class _Steps(intercept.Interceptor):
 
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         return self._composed(*call.args, **call.constants) if call.op is self._op else launch(call)
-
-
-def _kind(op_name: str, parameter: inspect.Parameter) -> tuple[type, bool]:
-    """What a run-time parameter's annotation, a text or a type, asks for: Tensor, int or float, and whether or None."""
-    annotation = parameter.annotation
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    names = [each.strip().rpartition(".")[2] for each in text.split("|")]
-    kinds = {"Tensor": Tensor, "int": int, "float": float}
-    if names[0] not in kinds or names[1:] not in ([], ["None"]):
-        raise TypeError(f"{op_name}: {parameter} must be annotated as Tensor, int or float, or one of them | None")
-    return kinds[names[0]], len(names) > 1
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def op(

@@ -38,7 +38,16 @@ class Source:
     @property
     def located(self) -> str:
         """The text with a directive that has compilers speak of the user's own file and line."""
-        return f'#line {self.line} "{self.file}"\n{self.text}'
+        file = self.file.replace("\\", "\\\\").replace('"', '\\"')
+        return f'#line {self.line} "{file}"\n{self.text}'
+
+    def complaint(self, offset: int, message: str) -> SourceError:
+        """An error about what stands at `offset` of the text: file, line, the line itself and a caret below it."""
+        start = self.text.rfind("\n", 0, offset) + 1
+        line = self.text[start:].split("\n", 1)[0]
+        number = self.line + self.text.count("\n", 0, offset)
+        caret = "".join(c if c == "\t" else " " for c in line[: offset - start]) + "^"
+        return SourceError(f"{self.file}:{number}: error: {message}\n    {line}\n    {caret}")
 
     def with_constants(self, values: Mapping[str, Any]) -> Source:
         """`{width}` and the like replaced by numbers; braces around anything else stay."""
@@ -101,8 +110,12 @@ class Program:
     """
 
     emulated = False
+    parameters: tuple[Parameter, ...] = ()
     library: Path | None = None
-    checked: Path | None = None
+
+    @property
+    def checked(self) -> Path | None:
+        return None
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
         """Compute, on arrays in place and numbers, in the order of the parameters. Raises LaunchError."""
