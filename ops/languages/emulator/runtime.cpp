@@ -231,6 +231,7 @@ void run_block(Index size) {
       return;
     }
   }
+  watch_barrier();  // the end of a block is one, for the next
 }
 
 bool refused(const uint32_t* l) {

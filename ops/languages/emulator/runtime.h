@@ -46,7 +46,7 @@ const char* stack_of(const Thread* thread);  // its lowest address
 void watch_launch(void** values, const uint64_t* sizes, const Kernel& kernel);
 void watch_finish();
 void watch_block();
-void watch_barrier();
+void watch_barrier();  // all threads of the block are there
 void watch_meeting(Thread* thread);
 void watch_pause();  // the thread that ran has stopped
 void watch_atomic(const void* address, uint32_t size, const void* pc);

@@ -45,6 +45,13 @@ struct Pending {  // a write beside another thread's: no race if it writes what 
   unsigned char bytes[16];
 };
 
+struct Unwritten {  // a read of what nobody has written: a race if somebody does before the next barrier
+  const Region* region;
+  const Thread* thread;
+  uintptr_t address;
+  uint32_t size, site;
+};
+
 Region regions[256 + shared_arrays + 1];
 uint32_t region_count;
 void* const* numbers;
@@ -53,6 +60,7 @@ Segment* segments;
 uint32_t segment_count, segment_room, block_number, epoch;
 bool fenced;
 Pending pending;
+Unwritten unwritten;
 uintptr_t base;
 
 uint32_t site_of(const void* pc) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - base) & ~atomic_bit; }
@@ -166,7 +174,7 @@ void settle() {  // the write that was pending has happened
 
 uint32_t own_segment(Thread& t) {
   if (t.segment) return t.segment;
-  if (segment_count == segment_room) {
+  if (segment_count >= segment_room) {
     segment_room = segment_room ? 2 * segment_room : 4096;
     segments = static_cast<Segment*>(realloc(segments, segment_room * sizeof(Segment)));
     if (!segments) abort();
@@ -185,10 +193,8 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
     auto races = [&](Mark m) {
       return m.segment && m.segment != now.segment && !(atomic && m.site & atomic_bit) && !in_order(m.segment, t, r.shared);
     };
-    if (r.shared && (!write || atomic) && (!c.write.segment || segments[c.write.segment].block != block_number)) {
-      say("shared memory "), say_element(r, address, size), say(" is read before anything is written to it; ");
-      say_where(t, site), end_thread();
-    }
+    bool fresh = r.shared && (!c.write.segment || segments[c.write.segment].block != block_number);
+    if (fresh && (!write || atomic) && !unwritten.region) unwritten = {&r, &t, address, size, site};
     if (races(c.write)) {
       if (!write || atomic || c.write.site & atomic_bit || size > sizeof pending.bytes)
         race(r, address, size, c.write, true, t, now, write);
@@ -248,10 +254,9 @@ void access(uintptr_t address, uint32_t size, bool write, uint32_t site) {
 }  // namespace
 
 void watch_launch(void** values, const uint64_t* sizes, const Kernel& k) {
-  static bool known = false;
+
   watched = &k, numbers = values, fenced = false, segment_count = 1, pending.region = nullptr;
   block_number = epoch = 0, base = library_base();
-  if (!known) own_segment(*threads), known = true, segment_count = 1;
   region_count = 0;
   for (uint32_t i = 0; i < k.count; ++i) {
     if (!k.parameters[i].element) continue;
@@ -275,9 +280,14 @@ void watch_finish() {
   region_count = 0;
 }
 
-void watch_block() { ++block_number, ++epoch; }
+void watch_block() { ++block_number, ++epoch, unwritten.region = nullptr; }
 
 void watch_barrier() {
+  if (const Region* r = unwritten.region) {
+    say("shared memory "), say_element(*r, unwritten.address, unwritten.size);
+    say(" is read before anything is written to it; "), say_where(*unwritten.thread, unwritten.site);
+    give_up();
+  }
   ++epoch;
   for (uint32_t i = 0; i < thread_count; ++i) threads[i].segment = 0;
 }
