@@ -88,7 +88,11 @@ class SourceKernel(Kernel):
         if self.declared is not None:
             self.binding.check_names(source.entry, self.declared)
             self.dtypes = {each.name: each.dtype for each in self.declared if each.pointer and each.dtype}
-        self.trusted = not language.untrusted
+        self.trusted = not (language.untrusted and language.options.sandbox)
+        if not self.trusted:
+            from .. import sandbox
+
+            sandbox.start()  # while the compiler works
         self._compiled: dict[tuple, _Compiled] = {}
         self._ready: dict[tuple, _Ready] = {}
         self._lock = threading.Lock()
@@ -126,7 +130,8 @@ class SourceKernel(Kernel):
             return
         from .. import sandbox
 
-        sandbox.run(ready.program, values, launch)
+        inputs = [name for name in self.binding.tensors if name not in (*self.binding.outputs, *call.op.writes)]
+        sandbox.run(ready.program, values, launch, inputs=inputs, outputs=self.binding.outputs)
 
     @property
     def emulated(self) -> bool:

@@ -192,4 +192,3 @@ def _told(source: Source, text: str, on: Device) -> str:
     if re.search(r"fp16|\bhalf\b", said) and not on.f16:
         said += f"\n{on.name} has no cl_khr_fp16: read half with vload_half(i, x), write vstore_half(value, i, out)"
     return said
-

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import linecache
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar

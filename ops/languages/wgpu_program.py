@@ -49,7 +49,9 @@ def device(named: str | None = None) -> Device:
 
 @functools.cache
 def _device(named: str | None) -> Device:
-    adapters = [each for each in load("wgpu", "wgsl").gpu.enumerate_adapters_sync() if each.info["backend_type"] in _API]
+    adapters = [
+        each for each in load("wgpu", "wgsl").gpu.enumerate_adapters_sync() if each.info["backend_type"] in _API
+    ]
     adapters.sort(key=lambda each: _KINDS.get(each.info["adapter_type"], len(_KINDS)))
     if not adapters:
         raise SourceError(
