@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..call import Call, Kernel
 from ..errors import SwapRefused
 from ..op import Op
@@ -54,7 +56,12 @@ class _Ready:
 
     def values(self, call: Call, outputs: tuple[Tensor, ...]) -> list[Value]:
         given = [pick(call.args, outputs) for pick in self._picks]
-        return [each.numpy() if type(each) is Tensor else each for each in given]
+        return [_memory(each) if type(each) is Tensor else each for each in given]
+
+
+def _memory(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory; of a packed weight its bytes."""
+    return tensor.numpy() if tensor.spec.format is None else np.from_dlpack(tensor.buffer.data)
 
 
 def _pick(binding: Binding, name: str, value: Any) -> Callable[[tuple, Any], Any]:
@@ -131,7 +138,7 @@ class SourceKernel(Kernel):
         from .. import sandbox
 
         inputs = [name for name in self.binding.tensors if name not in (*self.binding.outputs, *call.op.writes)]
-        sandbox.run(ready.program, values, launch, inputs=inputs, outputs=self.binding.outputs)
+        sandbox.run(ready.program, values, launch, sandbox.SECONDS, inputs=inputs, outputs=self.binding.outputs)
 
     @property
     def emulated(self) -> bool:
