@@ -124,7 +124,7 @@ class C(Language):
         return signature.parse(source, DIALECT)
 
     def with_signature(self, source: Source, parameters: Sequence[Parameter]) -> Source:
-        return Source(signature.enclosed(source, parameters), source.entry, source.file, source.line)
+        return signature.enclosed(source, parameters)
 
     def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
         """The program; its checked twin is built beside it, and waited for only when it is asked for."""
