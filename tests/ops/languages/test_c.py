@@ -211,6 +211,16 @@ def test_what_c_lets_pass_is_an_error(text, what):
         compiled(f"void f(float* out) {{ {text} }}")
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("flags", [(), ("-ffast-math",)])
+def test_a_function_that_is_nowhere(language, flags):
+    with pytest.raises(SourceError) as error:
+        compiled("float g(float x);\nvoid f(float* out) {\n out[0] = g(1); }", language, options=Options(flags=flags))
+    assert re.fullmatch(
+        r"kernels.py:12: error: undefined reference to `g.*'\n     out\[0\] = g\(1\); }", str(error.value)
+    )
+
+
 def test_an_error_in_a_function_left_open_is_told_by_the_compiler():
     with pytest.raises(SourceError, match=r"kernels.py:1\d: error"):
         C().compile(source("void f(float* out) { out[0] = 1"), pointers("float32", "out"))
