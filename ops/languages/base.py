@@ -90,10 +90,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Options:
-    """What a swap may ask of a language, beside the text. `device`: "emulate" on the CPU, or a device; None: any."""
+    """What a swap may ask of a language, beside the text. `device`: "emulate" on the CPU, or a device; None: any.
+
+    `flags` are the compiler's; without `sandbox` a kernel is trusted at once.
+    """
 
     device: str | None = None
     flags: tuple[str, ...] = ()
+    sandbox: bool = True
 
 
 class Program:
@@ -106,10 +110,11 @@ class Program:
     launch: grid x y z, block x y z, shared bytes. values: of an array its data, of a number where it is kept (in the
     parameter's type). sizes: of an array its bytes, of a number 0. It gives 0, or 1 and a text in `char
     limpid_error[4096]`. `checked` is the same with every access watched, which a sandbox runs until the kernel is
-    trusted; where there is none it runs `library`.
+    trusted; where there is none it runs `library`. `note`: what a person should know of how it was compiled.
     """
 
     emulated = False
+    note = ""
     parameters: tuple[Parameter, ...] = ()
     library: Path | None = None
 

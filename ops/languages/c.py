@@ -4,6 +4,7 @@ A text sees `half` (`_Float16`, where the compiler has it) and `bfloat16` beside
 `half_to_float`, `float_to_half`, `bfloat16_to_float` and `float_to_bfloat16`, and the headers of mathematics, integers,
 memory and printing. `bfloat16` holds the bits and no arithmetic, so that none is done on bits by mistake; in C++ it
 turns into a float, and back, by itself. `__bf16` means it where the compiler has no type of that name (GCC < 13).
+What a kernel writes to `limpid_error`, a char[4096], becomes a LaunchError.
 """
 
 from __future__ import annotations
@@ -52,6 +53,13 @@ _COMMON = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+__attribute__((visibility("default"))) char limpid_error[4096];
+#ifdef __cplusplus
+}
+#endif
 static inline uint32_t limpid_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 static inline float limpid_widened(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16; float value; memcpy(&value, &bits, 4); return value;
@@ -88,19 +96,19 @@ static inline bfloat16 float_to_bfloat16(float value) {
 #endif
 """
 _LAUNCH = {
-    "c": """__attribute__((visibility("default"))) char limpid_error[4096];
-__attribute__((visibility("default")))
+    "c": """__attribute__((visibility("default")))
 int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *sizes) {
   (void)launch, (void)values, (void)sizes;
+  limpid_error[0] = 0;
   CALL;
-  return 0;
+  return limpid_error[0] != 0;
 }
 """,
     "c++": """extern "C" {
-__attribute__((visibility("default"))) char limpid_error[4096];
 __attribute__((visibility("default")))
 int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *sizes) {
   (void)launch, (void)values, (void)sizes;
+  limpid_error[0] = 0;
   try {
     CALL;
   } catch (const std::exception &error) {
@@ -110,7 +118,7 @@ int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *s
     snprintf(limpid_error, sizeof limpid_error, "ENTRY threw an exception");
     return 1;
   }
-  return 0;
+  return limpid_error[0] != 0;
 }
 }
 """,
