@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import ops
-from debug.tolerance import KERNEL, relative_error
 from ops import sandbox
 from ops.errors import ShapeError
 from ops.languages import native
 from ops.languages.base import Launch, LaunchError, Parameter, Program
 from ops.languages.c import CPlusPlus
 from ops.spec import DTYPES, FLOATS
+from ops.tolerance import KERNEL, relative_error
 from tests.ops.harness import random
 from tests.ops.languages.test_c import LANGUAGES, RMS_NORM, SHAPES, compiled, typed
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import ops
-from debug.tolerance import KERNEL, relative_error
 from ops.languages import native
 from ops.languages.base import Launch, LaunchError, Options, Parameter, Source, SourceError
 from ops.languages.c import C, CPlusPlus
 from ops.spec import DTYPES, FLOATS
+from ops.tolerance import KERNEL, relative_error
 from tests.ops.harness import random
 
 LANGUAGES = (C, CPlusPlus)
