@@ -1,4 +1,4 @@
-"""OpenCL C on a device of pyopencl: on the arrays in place where the device shares memory, and errors on the user's line."""
+"""OpenCL C on a device of pyopencl: on arrays in place where it shares memory, and errors on the user's line."""
 
 from __future__ import annotations
 
@@ -189,7 +189,6 @@ def _told(source: Source, text: str, on: Device) -> str:
     errors = [found for found in place.finditer(text) if "error:" in found[0]]
     said = "\n".join(dict.fromkeys(located(source, int(each[1]), each[2]) for each in errors))
     said = said or f"{source.file}:{source.line}: error: {text.strip()}"
-    if re.search(r"fp16|\bhalf\b", said) and not on.f16:
+    if re.search(r"fp16|\bhalf\b", said, re.IGNORECASE) and not on.f16:
         said += f"\n{on.name} has no cl_khr_fp16: read half with vload_half(i, x), write vstore_half(value, i, out)"
     return said
-

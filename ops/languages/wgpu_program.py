@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,8 @@ def device(named: str | None = None) -> Device:
 
 @functools.cache
 def _device(named: str | None) -> Device:
-    adapters = [each for each in load("wgpu", "wgsl").gpu.enumerate_adapters_sync() if each.info["backend_type"] in _API]
+    adapters = load("wgpu", "wgsl").gpu.enumerate_adapters_sync()
+    adapters = [each for each in adapters if each.info["backend_type"] in _API]
     adapters.sort(key=lambda each: _KINDS.get(each.info["adapter_type"], len(_KINDS)))
     if not adapters:
         raise SourceError(
@@ -115,6 +117,11 @@ class WgpuProgram(Program):
         block = tuple(said or asked for said, asked in zip(declared, launch.block, strict=True))
         if launch.block not in ((1, 1, 1), block):
             raise LaunchError(f"block {launch.block} is not the @workgroup_size of {self.source.entry}, {declared}")
+        limits = self._on.limits
+        most = [limits[f"max-compute-workgroup-size-{axis}"] for axis in "xyz"]
+        total = limits["max-compute-invocations-per-workgroup"]
+        if any(size > limit for size, limit in zip(block, most, strict=True)) or math.prod(block) > total:
+            raise LaunchError(f"block {block}: {self.device} takes {tuple(most)}, and {total} in all")
         return block
 
     def _size(self, binding: Binding, given: Mapping[str, Value]) -> int:
