@@ -116,6 +116,7 @@ def _function(source: Source) -> Callable:
     file = f"<triton {hashlib.sha256(f'{source.file}:{text}'.encode()).hexdigest()[:16]}>"
     linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton reads it again
     scope: dict[str, Any] = {"triton": load("triton", "triton"), "tl": load("triton.language", "triton")}
+    scope["__name__"] = file
     try:
         exec(compile(text, file, "exec"), scope)
     except Exception as error:

@@ -74,7 +74,9 @@ class TritonProgram(Program):
         check_launch(launch, "Triton has none of it to declare")
         if launch.block != (1, 1, 1):
             raise LaunchError(f"block {launch.block}: Triton has no threads, only programs; leave block out")
-        arrays = {}
+        if len(values) != len(self._names):
+            raise LaunchError(f"{len(values)} values for {len(self._names)} parameters: {', '.join(self._names)}")
+        arrays: dict[str, np.ndarray] = {}
         given: dict[str, Any] = {}
         for name, parameter, value in zip(self._names, self.parameters, values, strict=True):
             if isinstance(value, np.ndarray):
@@ -130,10 +132,16 @@ class TritonProgram(Program):
         try:
             return triton.compile(source, target=target, options={"enable_fp_fusion": True})
         except triton.CompilationError as error:
-            first = jit.def_file_line_number - 1
-            line = first + getattr(error.node, "lineno", 1)
-            said = error.error_message or str(error.__cause__ or error).strip()
-            raise SourceError(located(self.source, line, said)) from error
+            raise SourceError(self._refused(jit, error)) from error
+
+    def _refused(self, jit: Any, error: Any) -> str:
+        """What the compiler says, on the line of the function that it says it of: the kernel, or one that it calls."""
+        named = self.function.__globals__ | inspect.getclosurevars(self.function).nonlocals
+        texts = {each.src: each for each in named.values() if isinstance(each, type(jit))} | {jit.src: jit}
+        while getattr(error.__cause__, "src", None) in texts:
+            error = error.__cause__
+        line = texts.get(error.src, jit).def_file_line_number + getattr(error.node, "lineno", 1) - 1
+        return located(self.source, line, error.error_message or str(error.__cause__ or error).strip())
 
 
 def _number_type(value: Any) -> str:
@@ -161,7 +169,9 @@ def _interpreted(function: types.FunctionType) -> Any:
     language = load("triton.language", "triton")
     scope = function.__globals__ | inspect.getclosurevars(function).nonlocals
     scope |= {"tl": scope.get("tl", language), "_language": language, "_core": language.core}
-    copied = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    copied = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
     copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
     return load("triton.runtime.interpreter", "triton").InterpretedFunction(copied)
 
