@@ -43,7 +43,9 @@ class Generated:
 
     def run(self, *values: np.ndarray | int | float) -> None:
         """Compute, on arrays in place: the inputs, then the outputs. Raises LaunchError, SourceError or KernelError."""
-        _Host(self, values).carry_out(self.host.body)
+        host = _Host(self, values)
+        for statement in _statements(self.host.body):
+            host.carry_out(statement)
 
     def program(self, name: str) -> tuple[tuple[Parameter, ...], Program]:
         """A kernel's parameters and its compiled program."""
@@ -91,7 +93,21 @@ def generate(function: Any, language: str, target: Any = None) -> Generated:
         raise SourceError(f"TVM generates no {language} for {name}: {str(error).strip().splitlines()[-1]}") from error
     if len(hosts) != 1 or not compiled.mod.imports:
         raise SourceError(f"{name} has no loop that is bound to blockIdx or threadIdx")
+    if strange := {type(each).__name__ for each in _statements(hosts[0].body)} - _CARRIED_OUT:
+        raise SourceError(
+            f"{name} has a loop that is not bound to blockIdx or threadIdx: {', '.join(strange)} on the host"
+        )
     return Generated(language, compiled.mod.imports[0].inspect_source(), hosts[0])
+
+
+_CARRIED_OUT = {"Bind", "AllocBuffer", "DeclBuffer", "Evaluate"}
+
+
+def _statements(body: Any) -> list[Any]:
+    """The statements of a host part, in order."""
+    if type(body).__name__ != "SeqStmt":
+        return [body]
+    return [each for part in body.seq for each in _statements(part)]
 
 
 class _Host:
@@ -114,14 +130,14 @@ class _Host:
     def _bind(self, parameter: Any, array: np.ndarray) -> None:
         """An array to a buffer: sizes that are open are the array's, others must be."""
         shape = tuple(parameter.shape)
+        said = f"{parameter.name} is {parameter.dtype}{list(shape)}, got {array.dtype}{list(array.shape)}"
         if len(shape) != array.ndim or str(parameter.dtype) != array.dtype.name:
-            given = f"{array.dtype}{list(array.shape)}"
-            raise LaunchError(f"{parameter.name} is {parameter.dtype}{list(shape)}, got {given}")
+            raise LaunchError(said)
         for size, given in zip(shape, array.shape, strict=True):
             if isinstance(size, tirx.Var):
                 self._know(size, given)
-            if self.number(size) != given:
-                raise LaunchError(f"{parameter.name} is {list(shape)}, got {list(array.shape)}: {size} is not {given}")
+            if (known := self.number(size)) != given:
+                raise LaunchError(f"{said}, where {size} is {known}" if isinstance(size, tirx.Var) else said)
         self.arrays[parameter] = array
 
     def _know(self, variable: Any, value: int | float) -> None:
@@ -138,9 +154,6 @@ class _Host:
 
     def carry_out(self, statement: Any) -> None:
         match type(statement).__name__:
-            case "SeqStmt":
-                for each in statement.seq:
-                    self.carry_out(each)
             case "Bind":
                 self._know(statement.var, self.number(statement.value))
             case "AllocBuffer":
@@ -152,8 +165,8 @@ class _Host:
                 self.arrays[statement.buffer] = self._array(statement.data)
             case "Evaluate" if getattr(statement.value, "op", None) == _LAUNCH:
                 self._launch(statement.value)
-            case other:
-                raise KernelError(f"the host part has a statement that is not carried out here: {other}")
+            case _:
+                raise KernelError(f"the host part has a statement that is not carried out here: {statement}")
 
     def _array(self, data: Any) -> np.ndarray:
         """The array behind `buffer.data`."""
