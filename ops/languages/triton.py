@@ -85,7 +85,7 @@ def source_of(function: Callable) -> Source:
 def _plain(function: Callable) -> types.FunctionType:
     """The Python function, freed of @triton.jit and of the like."""
     while not isinstance(function, types.FunctionType) and hasattr(function, "fn"):
-        function = function.fn
+        function = getattr(function, "fn")  # noqa: B009 - of Triton's decorators, of which no type is known here
     if not isinstance(function, types.FunctionType):
         raise SourceError(f"{function!r} is no Python function")
     return function

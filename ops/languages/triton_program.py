@@ -136,7 +136,7 @@ class TritonProgram(Program):
 
     def _refused(self, jit: Any, error: Any) -> str:
         """What the compiler says, on the line of the function that it says it of: the kernel, or one that it calls."""
-        named = self.function.__globals__ | inspect.getclosurevars(self.function).nonlocals
+        named = _names(self.function)
         texts = {each.src: each for each in named.values() if isinstance(each, type(jit))} | {jit.src: jit}
         while getattr(error.__cause__, "src", None) in texts:
             error = error.__cause__
@@ -167,13 +167,18 @@ def _interpreted(function: types.FunctionType) -> Any:
     What it closes over is put among them, and all of Triton's language that the interpreter is to take back afterwards.
     """
     language = load("triton.language", "triton")
-    scope = function.__globals__ | inspect.getclosurevars(function).nonlocals
+    scope = _names(function)
     scope |= {"tl": scope.get("tl", language), "_language": language, "_core": language.core}
     copied = types.FunctionType(
         function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
     )
     copied.__kwdefaults__, copied.__annotations__ = function.__kwdefaults__, function.__annotations__
     return load("triton.runtime.interpreter", "triton").InterpretedFunction(copied)
+
+
+def _names(function: types.FunctionType) -> dict[str, Any]:
+    """What the names in a function mean: its globals and what it closes over."""
+    return {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
 
 
 @contextmanager
@@ -220,7 +225,7 @@ def _watched(arrays: dict[str, np.ndarray]) -> Iterator[None]:
             vars(builder).pop(access, None)
 
 
-def _check(arrays: dict[str, np.ndarray], access: list[np.ndarray], size: int, writes: bool) -> None:
+def _check(arrays: dict[str, np.ndarray], access: Sequence[np.ndarray], size: int, writes: bool) -> None:
     addresses = access[0][access[1].astype(bool)].astype(np.uint64).view(np.int64)
     left = addresses
     for name, array in arrays.items():

@@ -222,7 +222,8 @@ class _Reader:
         if spelled in SIZES:
             return (Member(name, spelled, 0),), SIZES[spelled]
         if spelled not in self.structs:
-            self._fail(at, f"{name} is {spelled}: {self._lacks(*self._vector(spelled)[::-1])}")
+            lanes, element = self._vector(spelled)
+            self._fail(at, f"{name} is {spelled}: {self._lacks(element, lanes)}")
         members, end, widest = [], 0, 1
         struct = self.structs[spelled]
         for part in filter(None, (each.strip() for each in struct[2].split(","))):

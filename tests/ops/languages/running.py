@@ -51,7 +51,12 @@ def judge(output: np.ndarray, expected: Any, dtype: str) -> None:
 
 
 def run(program: Program, *values: Any, grid: Sequence[int] = (1, 1, 1), block: Sequence[int] = (1, 1, 1)) -> None:
-    program.run(values, Launch((*grid, 1, 1)[:3], (*block, 1, 1)[:3]))
+    program.run(values, Launch(three(grid), three(block)))
+
+
+def three(sizes: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = (*sizes, 1, 1)[:3]
+    return x, y, z
 
 
 def alone(code: str) -> subprocess.CompletedProcess[str]:

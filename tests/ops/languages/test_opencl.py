@@ -300,10 +300,9 @@ def test_parameters_are_told():
 
 
 def test_devices_by_name(monkeypatch):
-    import pyopencl
-
     from ops.languages import opencl_program
 
+    pyopencl = pytest.importorskip("pyopencl")
     with pytest.raises(SourceError, match="no device 'toaster'; there are "):
         opencl_program.device("toaster")
     monkeypatch.setattr(pyopencl, "get_platforms", list)

@@ -297,8 +297,7 @@ def test_devices_by_name(monkeypatch):
         wgpu_program.device("toaster")
     name = wgpu_program.device().name
     assert wgpu_program.device(name[:5].lower()).name == name
-    import wgpu
-
+    wgpu = pytest.importorskip("wgpu")
     monkeypatch.setattr(wgpu.gpu, "enumerate_adapters_sync", list)
     with pytest.raises(SourceError, match="mesa-vulkan-drivers"):
         wgpu_program.device("never asked for")
