@@ -97,7 +97,9 @@ def generate(function: Any, language: str, target: Any = None) -> Generated:
         raise SourceError(
             f"{name} has a loop that is not bound to blockIdx or threadIdx: {', '.join(strange)} on the host"
         )
-    return Generated(language, compiled.mod.imports[0].inspect_source(), hosts[0])
+    # TVM writes the least int32 as a literal that is none in WGSL, where the sign is an operator.
+    source = compiled.mod.imports[0].inspect_source().replace("-2147483648i", "(-2147483647i - 1i)")
+    return Generated(language, source, hosts[0])
 
 
 _CARRIED_OUT = {"Bind", "AllocBuffer", "DeclBuffer", "Evaluate"}

@@ -69,6 +69,9 @@ class Triton(Language):
         from .triton_program import TritonProgram
 
         load("triton", "triton")
+        if self.options.flags or self.options.device not in (None, "emulate"):
+            given = f"flags {self.options.flags} and device {self.options.device!r}"
+            raise SourceError(f'{given}: Triton is interpreted here, without flags, and with no device but "emulate"')
         return TritonProgram(_plain(function), parameters, source or source_of(function))
 
 

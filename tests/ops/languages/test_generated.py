@@ -72,7 +72,7 @@ def by_rows(op: Any, *arrays: np.ndarray, threads: int = 32, **constants: Any) -
 
 def check(generated: Generated, op: Any, *arrays: np.ndarray, **constants: Any) -> None:
     expected = np.asarray(op.reference(*arrays, **constants))
-    dtype = arrays[0].dtype.name
+    dtype = str(op.spec(*map(ops.tensor, arrays), **constants).dtype)
     out = empty(expected.shape, dtype)
     generated.run(*arrays, out)
     judge(out, expected, dtype)
@@ -107,6 +107,14 @@ def has(language: str, dtype: str) -> bool:
     from ops.languages import opencl_program
 
     return opencl_program.device().f16
+
+
+@pytest.mark.parametrize("op", [ops.softmax, ops.log_softmax, ops.argmax], ids=lambda op: op.name)
+def test_several_kernels(rng, language, op):
+    """Scratch from one to the next, some of it written in place; the least int32."""
+    for shape in SHAPES:
+        x = random(rng, shape, "float32")
+        check(generate(bound(op, x), language), op, x)
 
 
 def test_one_source_for_every_length(rng, language):

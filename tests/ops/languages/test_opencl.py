@@ -183,6 +183,16 @@ def test_a_read_beside_an_array_is_poisoned():
     assert np.isnan(out[0])
 
 
+def test_an_array_that_is_given_twice(rng):
+    program = completed(
+        LANGUAGE, "out[get_global_id(0)] = 2 * x[get_global_id(0)];", array("x", "int32"), array("out", "int32", False)
+    )
+    x = np.arange(5, dtype="int32")
+    for _ in range(2):
+        run(program, x, x, grid=(5,))
+    assert x.tolist() == [0, 4, 8, 12, 16]
+
+
 def test_arrays_that_are_read_only(rng):
     program = completed(LANGUAGE, "out[0] = x[0];", array("x", "float32"), array("out", "float32", const=False))
     x, out = placed(np.ones(1, "float32"), 0), np.zeros(1, "float32")

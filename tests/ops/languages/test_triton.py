@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import ops
-from ops.languages.base import Launch, LaunchError, Parameter, SourceError
+from ops.languages.base import Launch, LaunchError, Options, Parameter, SourceError
 from ops.languages.triton import Triton, source_of
 
 from ..harness import DTYPE_NAMES, random
@@ -216,6 +216,13 @@ def test_what_a_launch_must_be():
     with pytest.raises(LaunchError, match="4 values for 5 parameters"):
         run(program, x, x, x, 4)
     run(program, x, x, x, 4, 4, grid=(0,))
+
+
+def test_options_that_triton_has_not():
+    for options in (Options(device="gpu"), Options(flags=("-O3",))):
+        with pytest.raises(SourceError, match="Triton is interpreted here"):
+            compiled(Triton(options), SILU, "silu_mul")
+    compiled(Triton(Options(device="emulate")), SILU, "silu_mul")
 
 
 def test_the_users_names_stay_theirs():

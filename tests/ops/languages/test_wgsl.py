@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import ops
-from ops.languages.base import LaunchError, Parameter, SourceError
+from ops.languages.base import LaunchError, Options, Parameter, SourceError
 from ops.languages.wgsl import Wgsl, declared
 
 from ..harness import random
@@ -161,10 +161,35 @@ def test_vectors_and_atomics(rng):
         run(program, x[0, :1].repeat(6), out, count)
 
 
+def test_subgroups(rng):
+    from ops.languages import wgpu_program
+
+    if "subgroup" not in wgpu_program.device().handle.features:
+        pytest.skip("the device has no subgroups")
+    text = """
+        enable subgroups;
+        @group(0) @binding(0) var<storage, read> x: array<i32>;
+        @group(0) @binding(1) var<storage, read_write> out: array<i32>;
+        @group(0) @binding(2) var<storage, read_write> size: array<i32>;
+        @compute @workgroup_size(64) fn work(@builtin(local_invocation_id) at: vec3u, @builtin(subgroup_size) n: u32) {
+            out[at.x] = subgroupAdd(x[at.x]);
+            size[0] = i32(n);
+        }"""
+    x, out, size = rng.integers(-99, 99, 64, "int32"), empty((64,), "int32"), empty((1,), "int32")
+    run(compiled(LANGUAGE, text), x, out, size)
+    assert (out == x.reshape(-1, size[0]).sum(1, "int32").repeat(size[0])).all()
+
+
+def test_options_that_wgsl_has_not():
+    with pytest.raises(SourceError, match="the compiler of WGSL takes none"):
+        compiled(Wgsl(Options(flags=("-O3",))), NORM.replace("TYPE", "f32"), "block_norm")
+    assert compiled(Wgsl(Options(device="emulate")), NORM.replace("TYPE", "f32"), "block_norm").device
+
+
 def test_nothing_of_an_earlier_run_is_taken_for_a_result(rng):
     """What the kernel does not write stays what it was in the array; an odd float16 has no neighbour written."""
     body = "if (i32(arrayLength(&x)) > 0 && flag != 0) { out[group_id.x] = x[group_id.x]; }"
-    flag = Parameter("flag", "i32", "int32", False, True)
+    flag = Parameter("flag", "int64_t", "int64", False, True)
     program = completed(LANGUAGE, body, array("x", "float16"), array("out", "float16", const=False), flag)
     for size in (7, 301, 7):
         x, around = random(rng, (size,), "float16"), np.full(size + 2, 5, "float16")
@@ -174,6 +199,8 @@ def test_nothing_of_an_earlier_run_is_taken_for_a_result(rng):
         out[:] = 3
         run(program, x, out, 0, grid=(size,))
         assert (out == 3).all()
+    with pytest.raises(LaunchError, match="flag holds -2147483648 to 2147483647, got 4294967296"):
+        run(program, x, out, 2**32)
 
 
 def test_empty_arrays_and_grids():
@@ -279,6 +306,19 @@ def test_what_a_launch_must_be(rng):
     for message, given in values.items():
         with pytest.raises(LaunchError, match=message):
             run(program, *given, grid=(2,))
+
+
+def test_parameters_are_the_bindings_in_any_order():
+    parameters = LANGUAGE.parse(source(NORM.replace("TYPE", "f32"), "block_norm"))
+    assert parameters is not None
+    text = source(NORM.replace("TYPE", "f32"), "block_norm")
+    x, weight, out = np.ones((1, 2), "float32"), np.array([3, 5], "float32"), empty((1, 2), "float32")
+    run(LANGUAGE.compile(text, parameters[::-1]), 0.0, 2, out, weight, x)
+    assert out.tolist() == [[3, 5]]
+    with pytest.raises(SourceError, match="nothing is given for eps, width"):
+        LANGUAGE.compile(text, parameters[:3])
+    with pytest.raises(SourceError, match=r"the text binds no const f32\* y"):
+        LANGUAGE.compile(text, (*parameters, array("y", "float32")))
 
 
 def test_bindings_are_told_as_parameters():
