@@ -14,10 +14,12 @@ import inspect
 import linecache
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from .base import Language, Parameter, Program, Source, SourceError
+from ..op import Op
+from .base import Language, Options, Parameter, Program, Source, SourceError
+from .kernel import Shape, SourceKernel
 from .shared import load, located
 
 CONSTANT = "tl.constexpr"  # the type of a parameter that the kernel is compiled for
@@ -73,6 +75,25 @@ class Triton(Language):
             given = f"flags {self.options.flags} and device {self.options.device!r}"
             raise SourceError(f'{given}: Triton is interpreted here, without flags, and with no device but "emulate"')
         return TritonProgram(_plain(function), parameters, source or source_of(function))
+
+
+class _Of(Triton):
+    """The language for one function, which is the kernel itself, with its closure and globals."""
+
+    function: Callable
+
+    def parse(self, source: Source) -> tuple[Parameter, ...]:
+        return self.parse_function(self.function)
+
+    def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
+        return self.compile_function(self.function, parameters, source)
+
+
+def kernel(op: Op, function: Any, shape: Shape, dims: Mapping[str, Any], options: Options) -> SourceKernel:
+    """A kernel of a Triton function, decorated with @triton.jit or not."""
+    language = _Of(options)
+    language.function = function
+    return SourceKernel(op, language, source_of(function), shape, dims)
 
 
 def source_of(function: Callable) -> Source:
