@@ -10,7 +10,7 @@ from .attention import attention
 from .attention_steps import mix, scores, softmax_with_sinks
 from .call import Call, Kernel
 from .embedding import cache_write, concat, embedding
-from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError
+from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError, SwapRefused, SwapWarning
 from .intercept import Interceptor, install, intercepted
 from .linear import linear
 from .norm import layer_norm, rms_norm
@@ -41,7 +41,10 @@ from .reduce import argmax, log_softmax, softmax, top_k
 from .rotary import rope
 from .select import Selector
 from .spec import Dim, Spec
+from .swap import reload, restore
 from .tensor import Tensor, empty, integer, tensor, tensor_from_packed, zeros
+
+from . import examples  # isort: skip  they are of all ops
 
 __all__ = [
     "Call",
@@ -56,6 +59,8 @@ __all__ = [
     "SelectorError",
     "ShapeError",
     "Spec",
+    "SwapRefused",
+    "SwapWarning",
     "Tensor",
     "add",
     "add_row",
@@ -72,6 +77,7 @@ __all__ = [
     "div_into",
     "embedding",
     "empty",
+    "examples",
     "gelu",
     "gelu_mul",
     "install",
@@ -89,6 +95,8 @@ __all__ = [
     "offset",
     "op",
     "prepare",
+    "reload",
+    "restore",
     "rms_norm",
     "rope",
     "scale",

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
-from . import build, intercept, memory, threads
-from .call import Call, Kernel, Use, as_tuple, raw, signature_line, uses_lock
+from . import build, intercept, memory
+from .call import Call, Use, as_tuple, raw
 from .errors import KernelError, OpError, ShapeError, announce
+from .op_tools import OpTools
+from .parameters import kind_of, signature_line, type_name
+from .plan import Plan
 from .scope import active, current, pass_call
-from .select import Selector
 from .spec import Dim, Spec
 from .tensor import Tensor, _wrap
 
@@ -36,31 +37,7 @@ def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor
     return cast(Tensor, (x if isinstance(x, Spec) else x.spec).like(shape, dtype))
 
 
-class Plan:
-    """What an op does for one combination of specs and constants: its outputs and its compiled kernel.
-
-    `output` is the spec of the only output, None where there are several or none.
-    """
-
-    __slots__ = ("constants", "op", "output", "outputs", "run", "specs")
-
-    def __init__(self, op: Op, specs: tuple, constants: dict[str, Any], outputs: tuple[Spec, ...]):
-        self.op, self.specs, self.constants, self.outputs = op, specs, constants, outputs
-        self.output = outputs[0] if len(outputs) == 1 else None
-        nothing = bool(outputs) and all(spec.size == 0 for spec in outputs) and not op.writes
-        self.run: Callable[..., Any] = (lambda *_: None) if nothing else self._build_and_run
-
-    def request(self) -> build.Request:
-        """What to compile: the op at symbolic sizes."""
-        return build.Request(self.op, self.op.symbolic_specs(self.specs), self.constants)
-
-    def _build_and_run(self, *data: Any) -> None:
-        self.run = build.function(self.request())
-        threads.settle()
-        self.run(*data)
-
-
-class Op(Generic[P, R]):
+class Op(OpTools, Generic[P, R]):
     """An op: call it with tensors. `reference`, `tir`, `source`, `spec` show what it is; `use` replaces its kernel."""
 
     def __init__(self, rule: Callable[P, R], symbolic: Symbolic, ranges: tuple[int, ...], writes: Collection[str]):
@@ -74,7 +51,7 @@ class Op(Generic[P, R]):
         self.__signature__ = inspect.signature(rule)
         parameters = self.__signature__.parameters
         self.parameters = tuple(n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
-        self._kinds = tuple(_kind(self.name, parameters[name]) for name in self.parameters)
+        self._kinds = tuple(kind_of(self.name, parameters[name]) for name in self.parameters)
         unknown = {*self.writes, *self.symbolic} - {*self.parameters}
         if unknown:
             raise TypeError(f"{self.name}: writes= and symbolic= name {sorted(unknown)}, which are no arguments of it")
@@ -82,6 +59,7 @@ class Op(Generic[P, R]):
         self._kernel: Callable | None = None
         self._templates: dict[str, Callable] = {}
         self._composed: Callable | None = None
+        self._examples: Callable | None = None
         self._uses: tuple[Use, ...] = ()
         self._plans: dict[tuple, Plan] = {}
         registry[self.name] = self
@@ -152,7 +130,7 @@ class Op(Generic[P, R]):
 
     def used_for(self, call: Call) -> Use | None:
         """Which `use` computes a call of this op; None when it is the op's own kernel."""
-        return next((use for use in reversed(self._uses) if use.where.matches(call)), None)
+        return next((use for use in reversed(self._uses) if use.applies(call)), None)
 
     def _launch(self, plan: Plan, call: Call) -> Any:
         use = self.used_for(call)
@@ -209,10 +187,10 @@ class Op(Generic[P, R]):
             if not isinstance(value, kinds) and not (value is None and optional):
                 expected = f"{kind.__name__}{' or None' if optional else ''}"
                 hint = "; pass ops.tensor(...)" if kind is Tensor else ""
-                raise OpError(f"{self._here}: {name} is {_type_name(value)}, expected {expected}{hint}")
+                raise OpError(f"{self._here}: {name} is {type_name(value)}, expected {expected}{hint}")
         for name, value in bound.arguments.items():
             if isinstance(value, (Tensor, Spec)):
-                raise OpError(f"{self._here}: {name} is {_type_name(value)}; it is a compile-time constant")
+                raise OpError(f"{self._here}: {name} is {type_name(value)}; it is a compile-time constant")
         while values and values[-1] is None:
             values.pop()
         return tuple(values), bound.arguments
@@ -309,37 +287,10 @@ class Op(Generic[P, R]):
         self._composed = function
         return function
 
-    def steps(self) -> AbstractContextManager[None]:
-        """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
-        if self._composed is None:
-            raise OpError(f"{self.name} has no steps; it is one kernel")
-        return intercept.intercepted(_Steps(self, self._composed))
-
-    def use(self, kernel: Any, where: Any = None) -> Use:
-        """Use another kernel for the calls that `where` means (all, when None); the last one in use wins.
-
-        `kernel`: a `Kernel`, a TIR PrimFunc over the inputs and then the outputs, or a Python function with the
-        signature of the op's reference. Gives a handle with `hits` and `remove()`, also usable in `with`.
-        """
-        if not isinstance(kernel, Kernel):
-            if build.is_primfunc(kernel):
-                kernel = Kernel.from_compiled(f"{self.name} (PrimFunc)", build.compiled(kernel, self.name))
-            elif callable(kernel):
-                kernel = Kernel.from_python(kernel)
-            else:
-                raise OpError(f"{self.name}.use takes a Kernel, a PrimFunc or a function, not {type(kernel).__name__}")
-        use = Use(self, kernel, Selector(where))
-        with uses_lock:
-            self._uses = (*self._uses, use)
-        return use
-
-    def tir(self, *args: Any, **constants: Any) -> build.Text:
-        """The TVMScript of the op's block definition at these arguments' shapes."""
-        return build.tir(self._request(args, constants))
-
-    def source(self, language: str, *args: Any, **constants: Any) -> build.Text:
-        """Generated code for these arguments' shapes: "llvm", "asm" or "c"."""
-        return build.source(self._request(args, constants), language)
+    def examples(self, function: Callable) -> Callable:
+        """Registers small calls at the edges of what the op takes: see `ops.examples`."""
+        self._examples = function
+        return function
 
     def _request(self, args: tuple, constants: dict[str, Any]) -> build.Request:
         return self.plan(*self._bound(args, constants, also=Spec)).request()
@@ -350,35 +301,6 @@ class Op(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"ops.{self.signature}"
-
-
-class _Steps(intercept.Interceptor):
-    """Runs an op as its steps; they are filed under the op's name, as `layers.0.self_attn.attention/softmax[0]`."""
-
-    def __init__(self, op: Op, composed: Callable):
-        self._op, self._composed = op, composed
-
-    @property
-    def name(self) -> str:
-        return self._op.name
-
-    def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
-        return self._composed(*call.args, **call.constants) if call.op is self._op else launch(call)
-
-
-def _kind(op_name: str, parameter: inspect.Parameter) -> tuple[type, bool]:
-    """What a run-time parameter's annotation, a text or a type, asks for: Tensor, int or float, and whether or None."""
-    annotation = parameter.annotation
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    names = [each.strip().rpartition(".")[2] for each in text.split("|")]
-    kinds = {"Tensor": Tensor, "int": int, "float": float}
-    if names[0] not in kinds or names[1:] not in ([], ["None"]):
-        raise TypeError(f"{op_name}: {parameter} must be annotated as Tensor, int or float, or one of them | None")
-    return kinds[names[0]], len(names) > 1
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def op(

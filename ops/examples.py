@@ -1,0 +1,268 @@
+"""Small calls of every op at the edges of what it takes: one row and many, widths that fill no vector, one head.
+
+Generated kernels are tested with them, and a kernel that replaces an op's own is verified with them. An op of yours
+gets its own beside its rule: `@my_op.examples` over a function of a NumPy generator and a float dtype that yields
+(args, constants); arrays among the args become tensors. All values are finite, but for memory that must not be looked
+at, and so is every result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from . import pointwise
+from .attention import attention
+from .attention_steps import mix, scores, softmax_with_sinks
+from .embedding import cache_write, concat, embedding
+from .linear import linear
+from .norm import layer_norm, rms_norm
+from .op import Op
+from .reduce import argmax, log_softmax, softmax, top_k
+from .rotary import rope
+from .spec import DTYPES, FLOATS
+from .tensor import tensor
+
+Example = tuple[tuple, dict[str, Any]]
+_SHAPES = ((1,), (1, 7), (3, 33), (2, 3, 20), (17, 64))  # of element-wise ops
+_ROWS = ((1, 1), (1, 31), (3, 33), (17, 130), (2, 1024))  # of ops along the last axis
+
+
+def of(op: Op, dtype: str = "float32", seed: int = 0) -> list[Example]:
+    """Calls of `op` with float arguments of `dtype`: (args, constants) each. Empty where the op has no examples.
+
+    Args are Tensors of their own, the same values for the same seed: a call may write them.
+    """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
+    if op._examples is None:
+        return []
+    found = op._examples(np.random.default_rng(seed), dtype)
+    return [(tuple(_given(each) for each in args), dict(constants)) for args, constants in found]
+
+
+def _given(value: Any) -> Any:
+    return tensor(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: float = 1.0) -> np.ndarray:
+    return (rng.standard_normal(shape) * scale).astype(DTYPES[dtype])
+
+
+def _elements(rng: np.random.Generator, dtype: str, count: int = 1, **constants: Any) -> Iterator[Example]:
+    for shape in _SHAPES:
+        # Within what a function and its reference can both tell: gelu's tail cancels away in any arithmetic.
+        yield tuple(_values(rng, shape, dtype, 2.0).clip(-3, 3) for _ in range(count)), constants
+
+
+def _row(rng: np.random.Generator, dtype: str) -> Iterator[Example]:
+    for shape in _SHAPES[1:]:
+        yield (_values(rng, shape, dtype), _values(rng, shape[-1:], dtype)), {}
+
+
+def _scalar(rng: np.random.Generator, dtype: str) -> Iterator[Example]:
+    for (x,), _ in _elements(rng, dtype):
+        yield (x, float(rng.uniform(0.5, 2))), {}
+
+
+def _away_from_zero(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return (rng.uniform(0.5, 2, shape) * rng.choice((-1, 1), shape)).astype(DTYPES[dtype])
+
+
+for _op in (pointwise.neg, pointwise.tanh, pointwise.silu, pointwise.gelu):
+    _op.examples(_elements)
+for _op in (pointwise.add, pointwise.sub, pointwise.mul, pointwise.silu_mul, pointwise.gelu_mul):
+    _op.examples(partial(_elements, count=2))
+for _op in (pointwise.add_row, pointwise.mul_row):
+    _op.examples(_row)
+for _op in (pointwise.scale, pointwise.offset, pointwise.div_by):
+    _op.examples(_scalar)
+pointwise.softcap.examples(partial(_elements, cap=2.5))
+
+
+@pointwise.gelu.examples
+def _(rng, dtype):
+    yield from _elements(rng, dtype)
+    yield from _elements(rng, dtype, approximate="tanh")
+
+
+@pointwise.gelu_mul.examples
+def _(rng, dtype):
+    yield from _elements(rng, dtype, 2)
+    yield from _elements(rng, dtype, 2, approximate="tanh")
+
+
+@pointwise.div.examples
+def _(rng, dtype):
+    for shape in _SHAPES:
+        yield (_values(rng, shape, dtype), _away_from_zero(rng, shape, dtype)), {}
+
+
+@pointwise.div_into.examples
+def _(rng, dtype):
+    for shape in _SHAPES:
+        yield (_away_from_zero(rng, shape, dtype), float(rng.uniform(0.5, 2))), {}
+
+
+@pointwise.cast.examples
+def _(rng, dtype):
+    for shape in _SHAPES:
+        for other in FLOATS:
+            yield (_values(rng, shape, dtype),), {"dtype": other}
+    if dtype == "float32":
+        yield (_values(rng, (3, 33), dtype, 1000.0),), {"dtype": "int32"}
+        yield (rng.integers(-1000, 1000, (3, 33), "int32"),), {"dtype": "float32"}
+
+
+@pointwise.copy.examples
+def _(rng, dtype):
+    yield from _elements(rng, dtype)
+    for other in ("int64", "int32", "int8", "uint8"):
+        yield (rng.integers(0, 100, (3, 5)).astype(other),), {}
+
+
+def _rows(rng: np.random.Generator, dtype: str) -> Iterator[Example]:
+    for shape in (*_ROWS, (1, 1, 1), (3, 2, 33)):
+        yield (_values(rng, shape, dtype, 4.0),), {}
+    masked = _values(rng, (3, 2, 9), dtype)
+    masked[..., 4:] = -np.inf  # what a query does not see
+    yield (masked,), {}
+
+
+softmax.examples(_rows)
+
+
+@log_softmax.examples
+def _(rng, dtype):
+    yield from list(_rows(rng, dtype))[:-1]
+
+
+def _ranked(rng: np.random.Generator, dtype: str) -> Iterator[np.ndarray]:
+    for shape in _ROWS:
+        yield _values(rng, shape, dtype)
+    yield rng.integers(-2, 3, (5, 40)).astype(DTYPES[dtype])  # many are equal
+
+
+@argmax.examples
+def _(rng, dtype):
+    for x in _ranked(rng, dtype):
+        yield (x,), {}
+
+
+@top_k.examples
+def _(rng, dtype):
+    for x in _ranked(rng, dtype):
+        for k in sorted({1, min(5, x.shape[1])}):
+            yield (x,), {"k": k}
+
+
+@rms_norm.examples
+def _(rng, dtype):
+    for i, (n, width) in enumerate(_ROWS):
+        weight = _values(rng, (width,), ("float32", dtype)[i % 2])
+        yield (_values(rng, (n, width), dtype, 2.0), weight), {"eps": 1e-5, "plus_one": i == 2}
+
+
+@layer_norm.examples
+def _(rng, dtype):
+    for i, (n, width) in enumerate(_ROWS[1:]):
+        rows = [_values(rng, (width,), ("float32", dtype)[i % 2]) for _ in range(1 + i % 2)]
+        yield (_values(rng, (n, width), dtype, 2.0), *rows), {"eps": 1e-5}
+
+
+@linear.examples
+def _(rng, dtype):
+    for n, k, out, biased in ((1, 1, 1, False), (1, 33, 7, True), (3, 130, 17, False), (17, 64, 48, True)):
+        for held in dict.fromkeys((dtype, "float32", "q4", "q8")):
+            weight = tensor(_values(rng, (out, k), held if held in FLOATS else "float32", 0.3), held)
+            bias = (_values(rng, (out,), dtype),) if biased else ()
+            yield (_values(rng, (n, k), dtype), weight, *bias), {}
+    yield (_values(rng, (70, 160), dtype), _values(rng, (130, 160), dtype, 0.3)), {}
+
+
+@embedding.examples
+def _(rng, dtype):
+    for n, vocabulary, width, ids in ((1, 1, 5, "int32"), (3, 10, 33, "int64"), (17, 50, 64, "int32")):
+        for held in (dtype, "q4", "q8"):
+            weight = tensor(_values(rng, (vocabulary, width), dtype if held == dtype else "float32"), held)
+            yield (rng.integers(0, vocabulary, n).astype(ids), weight), {"dtype": None if n == 1 else dtype}
+
+
+@concat.examples
+def _(rng, dtype):
+    for n, m, rest in ((1, 1, ()), (0, 2, (3,)), (3, 0, (2, 5)), (5, 17, (3, 20))):
+        yield (_values(rng, (n, *rest), dtype), _values(rng, (m, *rest), dtype)), {}
+    yield (rng.integers(0, 9, (2, 3), "int32"), rng.integers(0, 9, (1, 3), "int32")), {}
+
+
+@cache_write.examples
+def _(rng, dtype):
+    for n, t, heads, dim in ((1, 1, 1, 5), (3, 9, 2, 33), (17, 40, 3, 64)):
+        for held in dict.fromkeys((dtype, "float32")):
+            positions = rng.permutation(t)[:n].astype("int32")
+            yield (_values(rng, (t, heads, dim), held), _values(rng, (n, heads, dim), dtype), positions), {}
+    repeated = np.array([2, 0, 2, 2, 1], "int32")  # the last of equal positions stays
+    yield (_values(rng, (4, 2, 6), dtype), _values(rng, (5, 2, 6), dtype), repeated), {}
+
+
+@rope.examples
+def _(rng, dtype):
+    for n, heads, dim, half in ((1, 1, 2, 1), (3, 2, 12, 6), (17, 3, 40, 10), (2, 4, 64, 32)):
+        positions = rng.integers(0, 200, n).astype("int32")
+        frequencies = (10000.0 ** -(np.arange(half) / half)).astype("float32")
+        for interleaved, scale in ((False, 1.0), (True, 1.25)):
+            x = _values(rng, (n, heads, dim), dtype)
+            yield (x, positions, frequencies), {"interleaved": interleaved, "scale": scale}
+
+
+# n, t, heads, kv_heads, dim, v_dim, window, softcap
+_ATTENTIONS = (
+    (1, 1, 1, 1, 4, 4, None, None),
+    (1, 37, 4, 2, 33, 20, None, None),
+    (3, 9, 2, 2, 16, 16, 2, None),
+    (17, 40, 6, 2, 32, 32, None, 5.0),
+    (2, 300, 3, 1, 64, 64, 100, None),
+)
+
+
+def _keys(rng: np.random.Generator, dtype: str) -> Iterator[tuple]:
+    for n, t, heads, kv_heads, dim, v_dim, window, softcap in _ATTENTIONS:
+        used = max(n, t - 3)  # of the cache; the rows after hold what was in memory
+        positions = np.arange(used - n, used).astype("int32")
+        k, v = _values(rng, (t, kv_heads, dim), dtype), _values(rng, (t, kv_heads, v_dim), dtype)
+        k[used:], v[used:] = np.nan, np.nan
+        constants = {"scale": dim**-0.5, "window": window, "softcap": softcap}
+        yield _values(rng, (n, heads, dim), dtype), k, v, positions, constants
+
+
+@attention.examples
+def _(rng, dtype):
+    for q, k, v, positions, constants in _keys(rng, dtype):
+        yield (q, k, v, positions), constants
+        if q.shape[1] > 1:
+            yield (q, k, v, positions, _values(rng, q.shape[1:2], dtype)), constants
+
+
+@scores.examples
+def _(rng, dtype):
+    for q, k, _, positions, constants in _keys(rng, dtype):
+        yield (q, k, positions), constants
+
+
+@softmax_with_sinks.examples
+def _(rng, dtype):
+    for shape in ((1, 1, 1), (3, 2, 33), (17, 3, 130)):
+        yield (_values(rng, shape, "float32", 4.0), _values(rng, shape[1:2], dtype)), {}
+
+
+@mix.examples
+def _(rng, dtype):
+    for n, t, heads, kv_heads, _, v_dim, *_ in _ATTENTIONS:
+        weights = rng.random((n, heads, t), "float32")
+        weights[..., t // 2 + 1 :] = 0  # rows of v that nobody looks at
+        v = _values(rng, (t, kv_heads, v_dim), dtype)
+        v[t // 2 + 1 :] = np.nan
+        yield (weights / weights.sum(-1, keepdims=True), v), {"dtype": dtype}
