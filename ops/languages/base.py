@@ -116,9 +116,9 @@ class Program:
     """
 
     emulated = False
-    device = "cpu"
     note = ""
     parameters: tuple[Parameter, ...] = ()
+    device = "cpu"
     library: Path | None = None
 
     @property

@@ -27,7 +27,7 @@ class Shape:
     shared: Any = 0
 
     def of(self, call: Call) -> Launch:
-        shared = self.shared(*call.args) if callable(self.shared) else self.shared
+        shared: Any = self.shared(*call.args) if callable(self.shared) else self.shared
         return Launch(triple(self.grid, call, "grid"), triple(self.block, call, "block"), int(shared))
 
 
@@ -125,20 +125,30 @@ class SourceKernel(Kernel):
         return _Compiled(source, parameters, self.language.compile(source, parameters))
 
     def _launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
-        key = _kind(call)
-        ready = self._ready.get(key)
-        if ready is None:
-            compiled = self.prepare(call, outputs)
-            ready = self._ready[key] = _Ready(compiled, self.binding, self.shape, call, outputs)
-        values = ready.values(call, outputs)
-        launch = ready.launch or self.shape.of(call)
-        if self.trusted or ready.program.library is None:
-            ready.program.run(values, launch)
+        if self.trusted:
+            self.launch_here(call, outputs)
+            return
+        ready = self._prepared(call, outputs)
+        if ready.program.library is None:
+            self.launch_here(call, outputs)
             return
         from .. import sandbox
 
+        values, launch = ready.values(call, outputs), ready.launch or self.shape.of(call)
         inputs = [name for name in self.binding.tensors if name not in (*self.binding.outputs, *call.op.writes)]
         sandbox.run(ready.program, values, launch, sandbox.SECONDS, inputs=inputs, outputs=self.binding.outputs)
+
+    def launch_here(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        """Compute in this process, trusted or not."""
+        ready = self._prepared(call, outputs)
+        ready.program.run(ready.values(call, outputs), ready.launch or self.shape.of(call))
+
+    def _prepared(self, call: Call, outputs: tuple[Tensor, ...]) -> _Ready:
+        ready = self._ready.get(key := _kind(call))
+        if ready is None:
+            compiled = self.prepare(call, outputs)
+            ready = self._ready[key] = _Ready(compiled, self.binding, self.shape, call, outputs)
+        return ready
 
     @property
     def emulated(self) -> bool:

@@ -15,8 +15,10 @@ import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 
+import numpy as np
+
 from ..errors import ShapeError
-from ..languages.base import Launch, LaunchError, Program, Value
+from ..languages.base import Launch, LaunchError, Parameter, Program, Value
 from .arena import laid_out
 from .helper import Helper
 
@@ -38,7 +40,7 @@ def stop() -> None:
     """End all children; a run that is under way fails."""
     with _condition:
         for helper in _all:
-            helper.end()
+            helper.end() if helper in _idle else helper.kill()  # what a thread uses, that thread closes
         _all.clear()
         _idle.clear()
 
@@ -64,16 +66,28 @@ def run(
     if library is None:
         raise LaunchError("this program has no library that a sandbox could run")
     for parameter, value in zip(program.parameters, values, strict=True):
-        if parameter.pointer and not getattr(value, "flags", {"C": False})["C"]:
-            raise ShapeError(f"{parameter} needs a C-contiguous array, and was given {type(value).__name__}")
+        _fits(parameter, value, parameter.const or parameter.name in inputs)
     layout = laid_out(program.parameters, values, inputs, outputs)
     with _helper() as helper:
         helper.make_room(layout.used)
         helper.arena.fill(layout, program.parameters, values)
-        said = helper.run(library, (*launch.grid, *launch.block, launch.shared), layout, seconds)
-        helper.arena.collect(layout, program.parameters, values)
-    if said:
-        sys.stdout.write(said)
+        try:
+            helper.run(library, (*launch.grid, *launch.block, launch.shared), layout, seconds)
+            helper.arena.collect(layout, program.parameters, values)
+        finally:
+            if helper.printed:
+                sys.stdout.write(helper.printed)
+
+
+def _fits(parameter: Parameter, value: Value, readonly: bool) -> None:
+    """Raises ShapeError for what no pointer can be had to."""
+    if parameter.pointer:
+        if not isinstance(value, np.ndarray) or not value.flags.c_contiguous:
+            raise ShapeError(f"{parameter} needs a C-contiguous array; given was {type(value).__name__}")
+        if not readonly and not value.flags.writeable:
+            raise ShapeError(f"{parameter} may be written, and the array may not: declare it const, or give a copy")
+    elif isinstance(value, np.ndarray):
+        raise ShapeError(f"{parameter} needs a number; given was an array of shape {value.shape}")
 
 
 def _new() -> Helper:
@@ -97,10 +111,13 @@ def _helper() -> Iterator[Helper]:
         yield helper
     finally:
         with _condition:
-            if helper in _all:
-                if helper.ended:  # by what the kernel did: the next run finds another one started
-                    _discard(helper)
-                    helper = _new()
+            if helper.ended or helper not in _all:  # by what the kernel did, or `stop`
+                replace = helper in _all
+                _discard(helper)
+                if replace:
+                    with contextlib.suppress(OSError):  # the next run tries again, and tells
+                        _idle.append(_new())
+            else:
                 _idle.append(helper)
             _condition.notify()
 

@@ -121,12 +121,13 @@ class Layout:
     used: int
 
     def nearest(self, offset: int) -> Slot | None:
-        """The argument that an access at `offset` was meant for; None outside of the arena."""
-        if not 0 <= offset < self.used:
-            return None
-        return min(
-            self.slots.values(), key=lambda slot: max(slot.start - offset, offset - slot.end + 1, 0), default=None
-        )
+        """The argument that an access at `offset` was meant for: the nearest; None where none is near."""
+
+        def distance(slot: Slot) -> int:
+            return max(slot.start - offset, offset - slot.end + 1, 0)
+
+        slot = min(self.slots.values(), key=distance, default=None)
+        return slot if slot is not None and distance(slot) < _GAP else None
 
 
 def laid_out(

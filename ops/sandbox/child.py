@@ -17,6 +17,7 @@ import struct
 import sys
 
 _HIDDEN, _READ, _WRITE = 0, 1, 3  # PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE
+_LINES = 1  # _IOLBF
 _STACK = 64 << 20
 _GRACE = 5.0  # seconds after the time limit, at which the parent would have ended this process
 
@@ -130,6 +131,8 @@ def main() -> None:
     process = ctypes.CDLL(None, use_errno=True)
     if len(sys.argv) > 7:  # without a sanitizer, what tells of a crash
         ctypes.CDLL(sys.argv[7]).limpid_guard()
+    with contextlib.suppress(ValueError):  # lines leave at once: what was printed before a crash is not lost
+        process.setvbuf(ctypes.c_void_p.in_dll(process, "stdout"), None, _LINES, 4096)
     shared, libraries = Memory(arena, process), Libraries()
     answer = shared.map(size)
     limit(memory)

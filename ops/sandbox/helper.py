@@ -17,7 +17,7 @@ from pathlib import Path
 from ..languages import native
 from ..languages.base import LaunchError
 from .arena import Arena, Layout
-from .report import Death
+from .report import Death, printed
 
 MEMORY = 1 << 30  # bytes that a kernel may allocate
 PRINTED = 1 << 20  # bytes that a kernel may print in one run
@@ -67,8 +67,8 @@ class Helper:
     def alive(self) -> bool:
         return not self.ended and self._process.poll() is None
 
-    def run(self, library: Path, launch: tuple[int, ...], layout: Layout, seconds: float) -> str:
-        """Run on what is in the arena; gives what was printed. Whatever else happens than an answer ends the child."""
+    def run(self, library: Path, launch: tuple[int, ...], layout: Layout, seconds: float) -> None:
+        """Run on what is in the arena. Whatever else happens than an answer ends the child."""
         request = ("run", str(library), launch, layout.offsets, layout.sizes, layout.regions, seconds)
         self._said = b""
         try:
@@ -76,7 +76,8 @@ class Helper:
         except _NoAnswerError as error:
             status, said = self.end(), self._said.decode(errors="replace")
             if len(self._said) > PRINTED:
-                raise LaunchError(f"the kernel printed more than {PRINTED >> 10} KiB: {said[:80]!r} ...") from None
+                self._said = self._said[:80] + b" ...\n"
+                raise LaunchError(f"the kernel printed more than {PRINTED >> 10} KiB, and was stopped") from None
             late = seconds if error.late else None
             death = Death(said, status, self._base or 0, layout, str(library), late, MEMORY)
             raise LaunchError(death.sentence) from None
@@ -86,7 +87,11 @@ class Helper:
         what, _, text = answer.partition(" ")
         if what != "done":
             raise LaunchError(f"the kernel {text}" if text.startswith("cannot be loaded") else text)
-        return self._said.decode(errors="replace")
+
+    @property
+    def printed(self) -> str:
+        """What the kernel printed in the last run."""
+        return printed(self._said.decode(errors="replace"))
 
     def make_room(self, size: int) -> None:
         """Wait until the child is ready, and have at least `size` bytes of shared memory."""
@@ -154,14 +159,18 @@ class Helper:
 
     def end(self) -> int:
         """End the child and what it started; gives its exit status, which is its own when it ended by itself."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         status = self._process.wait()
         if not self.ended:
             self._listen()
             self._close()
         return status
+
+    def kill(self) -> None:
+        """End the child and what it started, without waiting; the run under way fails."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def forget(self) -> None:
         """In a fork of this process: leave the child alone, which is not this process's."""

@@ -20,11 +20,12 @@ _FRAME = re.compile(
     r"^ *#\d+ 0x[0-9a-f]+ in (?P<function>\S.*?) (?P<file>/[^:\n]*):(?P<line>\d+)(?::\d+)?$", re.MULTILINE
 )
 _ACCESS = re.compile(r"^(READ|WRITE) of size |caused by a (READ|WRITE) memory access", re.MULTILINE)
-_GUARD = re.compile(r"^limpid: signal (\d+) code -?\d+ address (0x[0-9a-f]+)$", re.MULTILINE)
-_GUARD_FRAME = re.compile(r"^(?P<library>/.*?)\((?P<function>\S*?)\+(?P<offset>0x[0-9a-f]+)\) \[", re.MULTILINE)
+_GUARD = re.compile(r"^limpid: signal (\d+) address (0x[0-9a-f]+) stack ([01])$", re.MULTILINE)
+_GUARD_FRAME = re.compile(r"^limpid: frame (?P<offset>0x[0-9a-f]+) of (?P<library>.+)$", re.MULTILINE)
 _MEMORY = re.compile(r"requested allocation size (0x[0-9a-f]+)|trying to allocate (0x[0-9a-f]+) bytes")
 _NULL = 1 << 16  # addresses below it are a null pointer and an index
 _WORDS = {
+    "use-after-poison": "{did} memory far from all its arrays",
     "heap-use-after-free": "{did} memory that was freed",
     "stack-use-after-scope": "{did} a local variable that is gone",
     "stack-use-after-return": "{did} a local variable of a function that has returned",
@@ -40,6 +41,13 @@ _SIGNALS = {
     "ILL": "ran into an instruction that is none, or that this processor lacks (SIGILL)",
     "TRAP": "stopped at a trap (SIGTRAP)",
 }
+
+
+def printed(said: str) -> str:
+    """What a kernel printed before anybody told of its death."""
+    return re.split(r"^(?:=+\n==\d+==ERROR: |AddressSanitizer:|limpid: signal )", said, maxsplit=1, flags=re.MULTILINE)[
+        0
+    ]
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Death:
         if (error := _ERROR.search(self.said)) is not None:
             return f"the kernel {self._sanitized(error)}{self._where()}"
         if (guard := _GUARD.search(self.said)) is not None:
-            return f"the kernel {self._signalled(int(guard[1]), int(guard[2], 16), '')}{self._where()}"
+            stack = _WORDS["stack-overflow"] if guard[3] == "1" else ""
+            return f"the kernel {stack or self._signalled(int(guard[1]), int(guard[2], 16), '')}{self._where()}"
         if (failed := re.search(r"AddressSanitizer: CHECK failed.*", self.said)) is not None:
             return f"the kernel could not be watched: {failed[0]}"
         if self.late is not None:
