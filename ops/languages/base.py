@@ -67,7 +67,7 @@ class Parameter:
     """A parameter of a kernel. `type` is as written, without const and the like; `dtype` what Limpid calls it.
 
     `dtype` is None where the type means none of Limpid's. `pointer`: an array, else a number; `const`: read only.
-    A language without types, as Python, leaves `type` empty: the parameter is `untyped`, and takes what it is given.
+    A language without types, as Python, leaves `type` empty: the parameter is what it is bound to.
     """
 
     name: str
@@ -75,10 +75,6 @@ class Parameter:
     dtype: str | None
     pointer: bool
     const: bool
-
-    @property
-    def untyped(self) -> bool:
-        return self.type in ("", "tl.constexpr")
 
     def __str__(self) -> str:
         return f"{'const ' * self.const}{self.type}{'*' * self.pointer} {self.name}".strip()

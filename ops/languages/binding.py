@@ -72,7 +72,7 @@ class Binding:
                 near = difflib.get_close_matches(each.name, known, 1)
                 hint = f"; did you mean {near[0]}?" if near else f"; dims={{'{each.name}': ...}} gives it a meaning"
                 raise SwapRefused(f"{entry}: {self.op.name} has no {each.name}; it has {', '.join(known)}{hint}")
-            if not each.untyped and each.pointer != (each.name in self.tensors):
+            if each.pointer != (each.name in self.tensors):
                 kind = "a tensor" if each.name in self.tensors else "a number"
                 raise SwapRefused(f"{entry} takes {each}, but {each.name} is {kind} of {self.op.name}")
         named = {each.name: each for each in parameters}
@@ -88,7 +88,7 @@ class Binding:
         for each, value in zip(parameters, given, strict=True):
             spec = value.spec if isinstance(value, Tensor) else value
             if isinstance(spec, Spec):
-                if not each.untyped and each.dtype != held(spec):
+                if each.dtype != held(spec):
                     raise SwapRefused(f"{entry} takes {each}, but {each.name} of {call.op.name} is {spec} here")
             elif not _takes(each, spec):
                 raise SwapRefused(
@@ -168,8 +168,6 @@ def _plain(value: Any) -> Any:
 
 def _takes(parameter: Parameter, value: Any) -> bool:
     """Whether a number may go into the parameter unchanged."""
-    if parameter.untyped:
-        return True
     if isinstance(value, bool):
         return parameter.type == "bool" or parameter.dtype in ("int32", "int64", "uint8", "int8")
     if isinstance(value, int):

@@ -28,7 +28,7 @@ class Shape:
     shared: Any = 0
 
     def of(self, call: Call) -> Launch:
-        shared = self.shared(*call.args) if callable(self.shared) else self.shared
+        shared: Any = self.shared(*call.args) if callable(self.shared) else self.shared
         return Launch(triple(self.grid, call, "grid"), triple(self.block, call, "block"), int(shared))
 
 
@@ -64,7 +64,7 @@ class _Ready:
 
     def values(self, call: Call, outputs: tuple[Tensor, ...]) -> list[Value]:
         given = [pick(call.args, outputs) for pick in self._picks]
-        return [_memory(each) if type(each) is Tensor else each for each in given]
+        return [memory(each) if type(each) is Tensor else each for each in given]
 
     def run(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         """Compute in this process."""
@@ -94,7 +94,7 @@ def _is_fixed(binding: Binding, name: str) -> bool:
     return name not in binding.op.parameters and not callable(binding.dims.get(name))
 
 
-def _memory(tensor: Tensor) -> np.ndarray:
+def memory(tensor: Tensor) -> np.ndarray:
     """The tensor's memory; of a packed weight its bytes."""
     return tensor.numpy() if tensor.spec.format is None else np.from_dlpack(tensor.buffer.data)
 
