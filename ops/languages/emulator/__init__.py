@@ -31,7 +31,7 @@ _FLAGS = (
 )
 _FAST = ("-O2",)
 # The instrumentation alone: watch.cpp has the functions that it calls, so the sanitizers' libraries stay out.
-_WATCHED = ("-O1", "-g", "-fsanitize=thread,bounds,alignment", "-fno-if-conversion", "-fno-if-conversion2")
+_WATCHED = ("-O1", "-g", "-gdwarf-4", "-fsanitize=thread,bounds,alignment", "-fno-if-conversion", "-fno-if-conversion2")
 _UNLINKED = ("-nodefaultlibs", "-Wl,--no-as-needed", "-lc")
 _compiling = ThreadPoolExecutor(2, "limpid-emulator")
 _running = threading.Lock()  # a library keeps one launch's state in static memory
