@@ -28,6 +28,7 @@ _FLAGS = (
     "-nostdinc++",
     "-fvisibility=hidden",
     "-ftabstop=1",
+    "-Werror=frame-larger-than=65536",  # a thread's stack has 128 KiB
     f"-I{FOLDER}",
     f"-I{FOLDER / 'include'}",
 )
