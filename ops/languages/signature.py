@@ -44,7 +44,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a text defines. `before` are the words before its name; `offset` is where its parameters begin."""
+    """A function that a text defines. `before`: the words before its name; `offset`: where its parameters begin."""
 
     name: str
     before: str
@@ -94,16 +94,15 @@ def _functions(source: Source, text: str) -> Iterator[Function]:
 
 def _function(head: str, start: int) -> Function | None:
     """The function that a text before a brace begins; None for a loop, a struct, an initialiser."""
-    for match in re.finditer(r"([A-Za-z_]\w*)\s*\(", head):
-        before = _without_attributes(head[: match.start()])
-        if match[1] in _ATTRIBUTES or before.count("(") != before.count(")"):
-            continue
-        words = re.findall(r"[A-Za-z_]\w*", before)
-        if not words or _CONTROL & {match[1], *words} or re.search(r"[-=?!+/%|^\[.(]", before):
-            return None
-        inside = head[match.end() : _closing(head, match.end())]
-        return Function(match[1], before, inside, start + match.end())
-    return None
+    head = _without_attributes(head)
+    match = re.search(r"([A-Za-z_]\w*)\s*\(", head)
+    if match is None:
+        return None
+    before = head[: match.start()]
+    words = re.findall(r"[A-Za-z_]\w*", before)
+    if not words or _CONTROL & {match[1], *words} or re.search(r"[-=?!+/%|^\[.(]", before):
+        return None
+    return Function(match[1], before, head[match.end() : _closing(head, match.end())], start + match.end())
 
 
 def _without_attributes(text: str) -> str:
@@ -155,7 +154,7 @@ def parse(source: Source, dialect: Dialect) -> tuple[Parameter, ...] | None:
 
 
 def _parameters(source: Source, entry: Function, dialect: Dialect) -> Iterator[Parameter]:
-    text = _without_attributes(entry.parameters)
+    text = entry.parameters
     if text.strip() in ("", "void"):
         return
     start, depth = 0, 0
@@ -182,8 +181,10 @@ def _parameter(source: Source, text: str, offset: int, dialect: Dialect) -> Para
     before = tokens[: tokens.index("*")] if "*" in tokens else tokens
     const = bool(dialect.constant & {*before})
     plain = [word for word in words if word not in dialect.constant | dialect.qualifiers]
-    if len(plain) < 2 or _canonical(plain) in {*dialect.types, *dialect.numbers}:
-        raise source.complaint(offset, f"{written!r} has no {'type' if plain and len(plain) < 2 else 'name'}")
+    whole = _canonical(plain)
+    if len(plain) < 2 or whole in {*dialect.types, *dialect.numbers}:
+        known = not plain or whole in {*dialect.types, *dialect.numbers}
+        raise source.complaint(offset, f"{written!r} has no {'name' if known else 'type'}")
     kind, pointers = _canonical(plain[:-1]), tokens.count("*") + len(arrays)
     if pointers > 1:
         raise source.complaint(offset, f"{written!r} is a pointer to pointers; an array comes as one pointer")
