@@ -106,10 +106,11 @@ class Program:
     launch: grid x y z, block x y z, shared bytes. values: of an array its data, of a number where it is kept (in the
     parameter's type). sizes: of an array its bytes, of a number 0. It gives 0, or 1 and a text in `char
     limpid_error[4096]`. `checked` is the same with every access watched, which a sandbox runs until the kernel is
-    trusted; where there is none it runs `library`.
+    trusted; where there is none it runs `library`. `note`: what a person should know of how it was compiled.
     """
 
     emulated = False
+    note = ""
     parameters: tuple[Parameter, ...] = ()
     library: Path | None = None
 

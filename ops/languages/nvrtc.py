@@ -60,9 +60,13 @@ def sass(cubin: bytes) -> str:
     return done.stdout
 
 
-def missing(what: str) -> KernelError:
+class Missing(KernelError):
+    """A tool that is not installed."""
+
+
+def missing(what: str) -> Missing:
     """The error of a tool that is not installed."""
-    return KernelError(f"{what} is missing: pip install 'limpid[cuda]' (or -e '.[cuda]' in a clone)")
+    return Missing(f"{what} is missing: pip install 'limpid[cuda]' (or -e '.[cuda]' in a clone)")
 
 
 def _module(name: str, wheel: str) -> Any:

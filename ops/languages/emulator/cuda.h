@@ -153,23 +153,23 @@ SIMT_REDUCE(and, unsigned, a & b) SIMT_REDUCE(or, unsigned, a | b) SIMT_REDUCE(x
 template <class T> struct simt_same { using type = T; };  // keeps the value from taking part in finding T
 #define SIMT_ATOMIC(name, expression)                                                                      \
   template <class T>                                                                                       \
-  inline T atomic##name(T* p, typename simt_same<T>::type v, SIMT_SITE) {                                  \
+  inline T atomic##name(T* p, typename simt_same<T>::type v) {                                  \
     static_assert(sizeof(T) >= 2, "no atomic operation takes this type");                                  \
-    return simt::atomic(p, [v](T old) { return static_cast<T>(expression); }, file, line);                 \
+    return simt::atomic(p, [v](T old) { return static_cast<T>(expression); });                 \
   }
 SIMT_ATOMIC(Add, old + v) SIMT_ATOMIC(Sub, old - v) SIMT_ATOMIC(Exch, v)
 SIMT_ATOMIC(Min, old < v ? old : v) SIMT_ATOMIC(Max, old > v ? old : v)
 SIMT_ATOMIC(And, old & v) SIMT_ATOMIC(Or, old | v) SIMT_ATOMIC(Xor, old ^ v)
 #undef SIMT_ATOMIC
-inline unsigned atomicInc(unsigned* p, unsigned v, SIMT_SITE) {
-  return simt::atomic(p, [v](unsigned old) { return old >= v ? 0 : old + 1; }, file, line);
+inline unsigned atomicInc(unsigned* p, unsigned v) {
+  return simt::atomic(p, [v](unsigned old) { return old >= v ? 0 : old + 1; });
 }
-inline unsigned atomicDec(unsigned* p, unsigned v, SIMT_SITE) {
-  return simt::atomic(p, [v](unsigned old) { return old == 0 || old > v ? v : old - 1; }, file, line);
+inline unsigned atomicDec(unsigned* p, unsigned v) {
+  return simt::atomic(p, [v](unsigned old) { return old == 0 || old > v ? v : old - 1; });
 }
 template <class T>
-inline T atomicCAS(T* p, typename simt_same<T>::type expected, typename simt_same<T>::type v, SIMT_SITE) {
-  return simt::atomic(p, [expected, v](T old) { return old == expected ? v : old; }, file, line);
+inline T atomicCAS(T* p, typename simt_same<T>::type expected, typename simt_same<T>::type v) {
+  return simt::atomic(p, [expected, v](T old) { return old == expected ? v : old; });
 }
 
 template <class T> inline T __ldg(const T* p) { return *p; }

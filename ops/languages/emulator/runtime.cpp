@@ -65,7 +65,7 @@ uint32_t at_barrier, ended, dynamic_size;
 uint32_t live[thread_limit / warp_size];     // lanes of each warp that have not ended
 uint32_t waiting[thread_limit / warp_size];  // lanes of each warp that wait for others of it
 const Kernel* kernel;
-void* const* kernel_values;
+void* own[256];  // what the kernel is called with
 
 bool prepare() {
   if (stacks) return true;
@@ -85,7 +85,7 @@ void wait(State state) {
 }
 
 void fiber() {
-  kernel->entry(kernel_values);
+  kernel->entry(own);
   wait(State::ended);
   __builtin_unreachable();
 }
@@ -107,6 +107,7 @@ void run(Thread& t) {
   here.thread = t.index, here.linear = t.linear;
   limpid_switch(&scheduler, t.stack_pointer);
   running = nullptr;
+  if (!has_failed) watch_pause();
 }
 
 void say_wait(const Thread& t) {
@@ -138,10 +139,12 @@ void release_warp(const Thread& last) {
   uint32_t first = last.linear / warp_size * warp_size, members = last.mask & live[last.linear / warp_size];
   if (members & ~waiting[last.linear / warp_size]) return;
   uint64_t bits[warp_size] = {};
+  uint32_t steps = 0;
   for (uint32_t i = 0; i < warp_size; ++i)
     if (members >> i & 1) {
       bits[i] = threads[first + i].bits;
       if (threads[first + i].mask != last.mask) return;
+      if (threads[first + i].steps >= steps) steps = threads[first + i].steps + 1;
     }
   waiting[last.linear / warp_size] &= ~members;
   for (uint32_t i = 0; i < warp_size; ++i) {
@@ -159,7 +162,7 @@ void release_warp(const Thread& last) {
     } else if (t.source == every_lane) {
       memcpy(t.gathered, bits, sizeof bits);
     }
-    t.came = members, t.state = State::ready, ++t.steps;
+    t.came = members, t.state = State::ready, t.steps = steps;
     watch_meeting(&t);
   }
 }
@@ -172,7 +175,6 @@ void after(Thread& t) {
     release_warp(t);
   } else if (t.state == State::ended) {
     ++ended, live[t.linear / warp_size] &= ~(1u << t.linear % warp_size);
-    watch_leave(&t);
     for (uint32_t i = t.linear / warp_size * warp_size, n = 0; n < warp_size && i < thread_count; ++i, ++n)
       if (threads[i].state == State::in_warp) release_warp(threads[i]);
   }
@@ -229,6 +231,7 @@ void run_block(Index size) {
       return;
     }
   }
+  watch_barrier();  // the end of a block is one, for the next
 }
 
 bool refused(const uint32_t* l) {
@@ -261,6 +264,7 @@ void meet(uint32_t mask, uint64_t bits, uint32_t source, const char* name, const
 
 }  // namespace
 
+void give_up() { has_failed = true; }
 bool failed() { return has_failed; }
 const char* stack_of(const Thread* t) { return stacks + t->linear * (stack_size + guard_size) + guard_size; }
 uint32_t dynamic_bytes() { return dynamic_size; }
@@ -298,12 +302,11 @@ void fail(const char* message, const char* file, int line) {
 }
 
 int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const Kernel& k) {
-  void* own[256];
   limpid_error[0] = 0, has_failed = false, kernel = &k;
   if (k.count > 256) say("%s has %u parameters; 256 are allowed", k.name, k.count);
   if (limpid_error[0] || refused(l)) return 1;
   memcpy(own, values, k.count * sizeof(void*));
-  kernel_values = own, thread_count = l[3] * l[4] * l[5], dynamic_size = l[6];
+  thread_count = l[3] * l[4] * l[5], dynamic_size = l[6];
   watch_launch(own, sizes, k);
   
   here.grid = {l[0], l[1], l[2]}, here.block_size = {l[3], l[4], l[5]};
@@ -344,8 +347,8 @@ const uint64_t* gather(uint32_t mask, uint64_t bits, uint32_t* came, const char*
 
 uint32_t live_lanes() { return live[running->linear / warp_size]; }
 
-uint64_t atomic_load(const void* address, uint32_t size, const char* file, int line) {
-  watch_atomic(address, size, file, line);
+uint64_t atomic_load(const void* address, uint32_t size) {
+  watch_atomic(address, size, __builtin_return_address(0));
   uint64_t bits = 0;
   memcpy(&bits, address, size);
   return bits;
@@ -360,8 +363,8 @@ void watch_finish() {}
 void watch_block() {}
 void watch_barrier() {}
 void watch_meeting(Thread*) {}
-void watch_leave(Thread*) {}
-void watch_atomic(const void*, uint32_t, const char*, int) {}
+void watch_pause() {}
+void watch_atomic(const void*, uint32_t, const void*) {}
 void watch_fence() {}
 #endif
 

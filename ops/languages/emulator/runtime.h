@@ -32,6 +32,7 @@ extern Thread* running;  // nullptr between threads
 extern uint32_t thread_count;
 
 void yield();
+void give_up();                              // ends the launch from outside of all threads
 [[noreturn]] void stop();                    // the launch has failed, and limpid_error says why
 bool failed();
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));  // appends to limpid_error
@@ -45,10 +46,10 @@ const char* stack_of(const Thread* thread);  // its lowest address
 void watch_launch(void** values, const uint64_t* sizes, const Kernel& kernel);
 void watch_finish();
 void watch_block();
-void watch_barrier();
+void watch_barrier();  // all threads of the block are there
 void watch_meeting(Thread* thread);
-void watch_leave(Thread* thread);
-void watch_atomic(const void* address, uint32_t size, const char* file, int line);
+void watch_pause();  // the thread that ran has stopped
+void watch_atomic(const void* address, uint32_t size, const void* pc);
 void watch_fence();
 
 }  // namespace simt

@@ -46,6 +46,7 @@ struct Kernel {
   const Parameter* parameters;
   uint32_t count;
   uint32_t shared_limit;  // bytes of shared memory that a block may declare
+  const char* barrier;    // what the language calls a barrier of a block
 };
 
 // What `limpid_launch` of a library does: see Program.library in base.py.
@@ -67,7 +68,7 @@ SIMT_HIDDEN uint32_t live_lanes();  // of the running thread's warp
 
 // Memory without the instrumentation of a checked build: an atomic operation is a load and a store, as fibers take
 // turns only where they wait. A load counts as the whole operation in the search for races.
-SIMT_HIDDEN uint64_t atomic_load(const void* address, uint32_t size, const char* file, int line);
+SIMT_HIDDEN uint64_t atomic_load(const void* address, uint32_t size);
 SIMT_HIDDEN void atomic_store(void* address, uint32_t size, uint64_t bits);
 SIMT_HIDDEN void fence();  // memory is seen by other blocks: from here on blocks may be in step by atomics
 
@@ -125,9 +126,9 @@ inline uint32_t ballot(uint32_t mask, bool predicate, const char* name, const ch
 
 // *address = change(*address), at once. Gives what was there before.
 template <class T, class F>
-inline T atomic(T* address, F change, const char* file, int line) {
+inline T atomic(T* address, F change) {
   static_assert(sizeof(T) <= 8, "atomics take up to 8 bytes");
-  uint64_t bits = atomic_load(address, sizeof(T), file, line);
+  uint64_t bits = atomic_load(address, sizeof(T));
   T old;
   __builtin_memcpy(&old, &bits, sizeof(T));
   T changed = change(old);

@@ -1,0 +1,147 @@
+"""Kernels for a GPU run on the CPU: their source compiled as C++ against headers that know threads, blocks and warps.
+
+A language adds a header in its own words over `simt.h` (`cuda.h`, say), and asks `program` for the rest. The checked
+library of a program has every access to memory watched (`watch.cpp`): for its bounds, and for races.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from ...spec import DTYPES
+from .. import native
+from ..base import Launch, Parameter, Source, SourceError, Value
+from ..c import complaints
+
+FOLDER = Path(__file__).parent
+_FLAGS = (
+    "-std=c++17",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-nostdinc++",
+    "-fvisibility=hidden",
+    "-ftabstop=1",
+    f"-I{FOLDER}",
+)
+_FAST = ("-O2",)
+# The instrumentation alone: watch.cpp has the functions that it calls, so the sanitizers' libraries stay out.
+_WATCHED = ("-O1", "-g", "-fsanitize=thread,bounds,alignment", "-fno-if-conversion", "-fno-if-conversion2")
+_UNLINKED = ("-nodefaultlibs", "-Wl,--no-as-needed", "-lc")
+_compiling = ThreadPoolExecutor(2, "limpid-emulator")
+_running = threading.Lock()  # a library keeps one launch's state in static memory
+
+
+class EmulatedProgram(native.NativeProgram):
+    """A program whose threads are fibers of one thread of the CPU; blocks run one after another."""
+
+    def __init__(self, parameters: Sequence[Parameter], library: Path, checked: Callable[[], Path | None], text: str):
+        super().__init__(parameters, library, checked, emulated=True)
+        self.text = text
+
+    def run(self, values: Sequence[Value], launch: Launch) -> None:
+        with _running:
+            super().run(values, launch)
+
+    def watched(self) -> EmulatedProgram:
+        """The same program with every access watched: many times slower, and it says what is wrong, and where."""
+        checked = self.checked
+        assert checked is not None
+        return EmulatedProgram(self.parameters, checked, lambda: checked, self.text)
+
+    def sources(self) -> dict[str, str]:
+        return {"asm": native.assembly(self.text, "c++", (*_FLAGS, *_FAST))}
+
+
+def program(
+    header: str,
+    source: Source,
+    parameters: Sequence[Parameter],
+    call: str | None = None,
+    shared_limit: int = 48 << 10,
+    barrier: str = "__syncthreads()",
+) -> EmulatedProgram:
+    """The program of a text in the words of `header`, a file of this folder.
+
+    `call` is the C++ statement that calls the kernel for the running thread, with `void* const* values`: of an array
+    its data, of a number where it is kept; by default the kernel gets the parameters. `shared_limit`: bytes of shared
+    memory that a block may declare. Raises SourceError with the user's own file and line.
+    """
+    text = _translated(header, source, parameters, call or _call(source.entry, parameters), shared_limit, barrier)
+    flags = (*_FLAGS, *_WATCHED, *_UNLINKED)
+    checked: Future[Path] = _compiling.submit(lambda: native.build(text, "c++", flags, [_runtime(True)]))
+    try:
+        library = native.build(text, "c++", (*_FLAGS, *_FAST), [_runtime(False)])
+    except SourceError as error:
+        raise SourceError(complaints(str(error), source)) from None
+    return EmulatedProgram(parameters, library, checked.result, text)
+
+
+def _runtime(watched: bool) -> Path:
+    """The object with fibers and launch, made once. Its name ends in .so, as all names in the cache of kernels do."""
+    text = (
+        '#define SIMT_WATCHED\n#include "runtime.cpp"\n#include "watch.cpp"\n#include "places.cpp"\n'
+        if watched
+        else '#include "runtime.cpp"\n'
+    )
+    return native.build(f"// {_digest()}\n{text}", "c++", (*_FLAGS, "-O2", "-c"))
+
+
+@functools.cache
+def _digest() -> str:
+    """Of all files here that a compiler reads: what is in the cache was made of the same."""
+    files = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[^\n]*", re.MULTILINE)
+
+
+def _translated(
+    header: str, source: Source, parameters: Sequence[Parameter], call: str, shared_limit: int, barrier: str
+) -> str:
+    """The text as the compiler gets it. In a namespace without a name all of it is the text's own.
+
+    Else inline functions would be shared with other texts, and their shared arrays could not be told from others.
+    """
+    included = "\n".join(_INCLUDE.findall(source.text))
+    own = Source(_INCLUDE.sub("", source.text), source.entry, source.file, source.line)
+    table = ", ".join(f'{{"{p.name}", {_element(p)}, {str(not p.const).lower()}}}' for p in parameters)
+    return f"""// {_digest()}
+#include "{header}"
+{included}
+namespace {{
+{own.located}
+}}
+#line 1 "<generated>"
+static const simt::Parameter limpid_parameters[] = {{{table}{", " * bool(table)}{{}}}};
+static void limpid_entry(void* const* values) {{
+  (void)values;
+  {call}
+}}
+extern "C" __attribute__((visibility("default")))
+int limpid_launch(const uint32_t* launch, void* const* values, const uint64_t* sizes) {{
+  static const simt::Kernel kernel = {{
+      "{source.entry}", limpid_entry, limpid_parameters, {len(parameters)}, {shared_limit}, "{barrier}"}};
+  return simt::launch(launch, values, sizes, kernel);
+}}
+"""
+
+
+def _element(parameter: Parameter) -> int:
+    """Bytes of an element of an array; 0 of a number."""
+    return DTYPES[parameter.dtype].itemsize if parameter.pointer and parameter.dtype else 0
+
+
+def _call(entry: str, parameters: Sequence[Parameter]) -> str:
+    def value(index: int, p: Parameter) -> str:
+        if p.pointer:
+            return f"static_cast<{'const ' * p.const}{p.type}*>(values[{index}])"
+        return f"*static_cast<const {p.type}*>(values[{index}])"
+
+    return f"{entry}({', '.join(value(i, p) for i, p in enumerate(parameters))});"
