@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,10 +27,11 @@ _FLAGS = (
     "-fvisibility=hidden",
     "-ftabstop=1",
     f"-I{FOLDER}",
+    f"-I{FOLDER / 'include'}",
 )
 _FAST = ("-O2",)
 # The instrumentation alone: watch.cpp has the functions that it calls, so the sanitizers' libraries stay out.
-_WATCHED = ("-O1", "-g", "-fsanitize=thread,bounds,alignment", "-fno-if-conversion", "-fno-if-conversion2")
+_WATCHED = ("-O1", "-g", "-gdwarf-4", "-fsanitize=thread,bounds,alignment", "-fno-if-conversion", "-fno-if-conversion2")
 _UNLINKED = ("-nodefaultlibs", "-Wl,--no-as-needed", "-lc")
 _compiling = ThreadPoolExecutor(2, "limpid-emulator")
 _running = threading.Lock()  # a library keeps one launch's state in static memory
@@ -95,11 +95,8 @@ def _runtime(watched: bool) -> Path:
 @functools.cache
 def _digest() -> str:
     """Of all files here that a compiler reads: what is in the cache was made of the same."""
-    files = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
+    files = sorted(path for path in FOLDER.rglob("*") if path.is_file() and path.suffix in (".h", ".cpp", ""))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-_INCLUDE = re.compile(r"^[ \t]*#[ \t]*include\b[^\n]*", re.MULTILINE)
 
 
 def _translated(
@@ -107,16 +104,13 @@ def _translated(
 ) -> str:
     """The text as the compiler gets it. In a namespace without a name all of it is the text's own.
 
-    Else inline functions would be shared with other texts, and their shared arrays could not be told from others.
+    Else the shared arrays of inline functions would not be where those of the others are.
     """
-    included = "\n".join(_INCLUDE.findall(source.text))
-    own = Source(_INCLUDE.sub("", source.text), source.entry, source.file, source.line)
     table = ", ".join(f'{{"{p.name}", {_element(p)}, {str(not p.const).lower()}}}' for p in parameters)
     return f"""// {_digest()}
 #include "{header}"
-{included}
 namespace {{
-{own.located}
+{source.located}
 }}
 #line 1 "<generated>"
 static const simt::Parameter limpid_parameters[] = {{{table}{", " * bool(table)}{{}}}};

@@ -167,9 +167,12 @@ void release_warp(const Thread& last) {
   }
 }
 
-void after(Thread& t) {
+// What a thread's stop means for others. Gives whether all go on from a barrier.
+bool after(Thread& t) {
   if (t.state == State::at_barrier) {
-    if (++at_barrier == thread_count) release_barrier();
+    if (++at_barrier < thread_count) return false;
+    release_barrier();
+    return true;
   } else if (t.state == State::in_warp) {
     waiting[t.linear / warp_size] |= 1u << t.linear % warp_size;
     release_warp(t);
@@ -178,6 +181,7 @@ void after(Thread& t) {
     for (uint32_t i = t.linear / warp_size * warp_size, n = 0; n < warp_size && i < thread_count; ++i, ++n)
       if (threads[i].state == State::in_warp) release_warp(threads[i]);
   }
+  return false;
 }
 
 void say_stuck() {
@@ -202,6 +206,22 @@ void say_stuck() {
   say("threads wait for each other for ever");
 }
 
+// Lets the threads of a warp run until all of it waits. Gives whether any did.
+bool run_warp(uint32_t first) {
+  uint32_t last = first + warp_size < thread_count ? first + warp_size : thread_count;
+  bool moved = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (uint32_t i = first; i < last && !has_failed; ++i)
+      if (threads[i].state == State::ready) {
+        moved = again = true;
+        run(threads[i]);
+        if (!has_failed && after(threads[i])) return true;  // on from the block's first thread
+      }
+  }
+  return moved;
+}
+
 void run_block(Index size) {
   at_barrier = ended = 0;
   memset(live, 0, sizeof live), memset(waiting, 0, sizeof waiting);
@@ -212,18 +232,9 @@ void run_block(Index size) {
   watch_block();
   while (ended < thread_count) {
     bool moved = false;
-    for (uint32_t first = 0; first < thread_count; first += warp_size) {  // a warp at a time, until all of it waits
-      uint32_t last = first + warp_size < thread_count ? first + warp_size : thread_count;
-      for (bool again = true; again;) {
-        again = false;
-        for (uint32_t i = first; i < last; ++i)
-          if (threads[i].state == State::ready) {
-            run(threads[i]), moved = again = true;
-            if (!has_failed) after(threads[i]);
-            if (has_failed) return;
-          }
-      }
-    }
+    for (uint32_t first = 0; first < thread_count; first += warp_size)
+      if (run_warp(first)) moved = true;
+    if (has_failed) return;
     for (uint32_t i = 0; i < thread_count; ++i)
       if (threads[i].state == State::yielded) threads[i].state = State::ready, moved = true;
     if (!moved) {
