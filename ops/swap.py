@@ -14,6 +14,7 @@ when it is right.
 
 from __future__ import annotations
 
+import ast
 import atexit
 import contextlib
 import os
@@ -32,9 +33,9 @@ import numpy as np
 from . import languages, verify
 from .call import Call, Kernel, Use, raw, uses_lock
 from .errors import KernelError, OpError, SelectorError, SwapRefused, SwapWarning
-from .languages.base import LaunchError, Options
+from .languages.base import LaunchError, Options, SourceError
 from .languages.kernel import Shape, SourceKernel
-from .languages.source import Origin, plain_function, redefined
+from .languages.source import Origin, definition, plain_function, redefined
 from .op import Op, registry
 from .select import Selector
 from .table import Table
@@ -57,19 +58,19 @@ class Recipe:
     options: Options
     where: Selector
     edge_cases: bool
-    sandbox: bool
 
     def kernel(self) -> tuple[Kernel, int]:
         """The kernel, and on how many edge cases it was right. Raises SwapRefused, or what the compiler says."""
         made = languages.make(
             self.language, self.op, self.origin, self.decorated, self.shape, self.dims, self.options
         )  # fmt: skip
-        if isinstance(made, SourceKernel):
-            made.trusted = made.trusted or not self.sandbox
-        try:
-            return made, verify.verify(self.op, made, self.where) if self.edge_cases else 0
-        except LaunchError as error:
-            raise SwapRefused(f"{made.name} on an edge case: {error}") from None
+        return made, verify.verify(self.op, made, self.where) if self.edge_cases else 0
+
+    def text(self) -> str | None:
+        """What the kernel is written in, as it is now; None for what stands in no file."""
+        if self.language in languages.TEXTS:
+            return self.origin.read().text
+        return ast.unparse(definition(self.origin.function)[0]) if self.origin.path and self.origin.function else None
 
     def again(self) -> Recipe:
         """The recipe with the function as its file has it now."""
@@ -90,6 +91,9 @@ class Swap(Use):
         self._gone = ""  # why it is not in use any more
         self._reloading = threading.Lock()
         self._seen, self._looked = _modified(recipe.origin), time.monotonic()
+        self._text: str | None = None  # of what cannot be found again, such as a lambda
+        with contextlib.suppress(SourceError):
+            self._text = recipe.text()
         kernel, self.checked = recipe.kernel()
         super().__init__(recipe.op, kernel, recipe.where)
 
@@ -152,11 +156,11 @@ class Swap(Use):
         before stays in use. Gives whether the kernel is another one."""
         with self._reloading:
             self._seen = _modified(self.recipe.origin)
-            recipe = self.recipe.again()
-            if isinstance(self.kernel, SourceKernel) and recipe.origin.read().text == self.kernel.source.text:
+            if self._text is None or (text := self.recipe.text()) == self._text:
                 return False
+            recipe = self.recipe.again()
             kernel, checked = recipe.kernel()
-            self.recipe, self.kernel, self.checked = recipe, kernel, checked
+            self.recipe, self.kernel, self.checked, self._text = recipe, kernel, checked, text
             self.quarantined, self._since = {}, self.hits
             self.seconds, self.timed = 0.0, 0
             return True
@@ -181,23 +185,22 @@ class Swap(Use):
         with uses_lock:
             number = self.hits - self._since
             self.hits += 1
-        kind = _specs(call)
-        if kind in self.quarantined:
+        if self.quarantined and _specs(call) in self.quarantined:
             own(call, outputs)
         elif self.schedule.means(number):
-            self._launch_checked(call, outputs, kind, number)
+            self._launch_checked(call, outputs, number)
         else:
             begin = time.perf_counter()
             self.kernel.launch(call, outputs)
             self.seconds, self.timed = self.seconds + time.perf_counter() - begin, self.timed + 1
 
-    def _launch_checked(self, call: Call, outputs: tuple[Tensor, ...], kind: tuple, number: int) -> None:
+    def _launch_checked(self, call: Call, outputs: tuple[Tensor, ...], number: int) -> None:
         before = {name: each.numpy().copy() for name, each in call.written.items()}
-        wrong: verify.Wrong | LaunchError | None
+        wrong: Any
         try:
             wrong = verify.checked(call, outputs, lambda: self.kernel.launch(call, outputs))
         except LaunchError as error:
-            wrong = error
+            wrong = f"{verify.shown(call)}: {error}"
         self.checked += 1
         if wrong is None:
             if isinstance(self.kernel, SourceKernel) and number + 1 >= self.schedule.first:
@@ -208,7 +211,7 @@ class Swap(Use):
         if number == 0:
             self._leave("refused")
             raise SwapRefused(f"{self.name} is wrong at its first call, and was removed: {wrong}")
-        self.quarantined[kind] = str(wrong)
+        self.quarantined[_specs(call)] = str(wrong)
         self._warn(f"{self.name} is wrong, and {self.op.name}'s own kernel computes these shapes again: {wrong}")
         own(call, outputs)
 
@@ -251,7 +254,7 @@ def decorator(
     """See `Op.swap`."""
     languages.check_name(language)
     schedule, selector = verify.Schedule.of(check), Selector(where)
-    shape, options = Shape(grid, block, shared), Options(device, tuple(flags))
+    shape, options = Shape(grid, block, shared), Options(device, tuple(flags), sandbox)
 
     def swap(decorated: Any) -> Swap:
         if isinstance(decorated, Origin):
@@ -261,7 +264,7 @@ def decorator(
             name = getattr(decorated, "__name__", None) or op.name
             origin = Origin(name, function, Path(file) if file is not None else None)
         recipe = Recipe(
-            op, language, origin, decorated, shape, dict(dims or {}), options, selector, edge_cases, sandbox
+            op, language, origin, decorated, shape, dict(dims or {}), options, selector, edge_cases
         )  # fmt: skip
         return install(Swap(recipe, schedule, active))
 

@@ -16,6 +16,7 @@ from . import examples
 from .call import Call, Kernel
 from .difference import Difference, Expected, bound
 from .errors import OpError, SwapRefused
+from .languages.base import LaunchError
 from .op import Op
 from .scope import Scope
 from .select import Selector
@@ -60,10 +61,14 @@ class Wrong:
     operands: dict[str, str]
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{n}={_brief(v)}" for n, v in (self.call.inputs | self.call.constants).items())
         of = "".join(f"\n  {name}: {text}" for name, text in self.operands.items())
-        where = f" in {self.call.full_address}" if self.call.scope.number else ""
-        return f"{self.name} of {self.call.op.name}({shown}){where}: {self.difference}, allowed {self.bound:g}{of}"
+        return f"{self.name} of {shown(self.call)}: {self.difference}, allowed {self.bound:g}{of}"
+
+
+def shown(call: Call) -> str:
+    """The call as messages name it: op, arguments, and where it was made."""
+    given = ", ".join(f"{n}={getattr(v, 'spec', v)!r}" for n, v in (call.inputs | call.constants).items())
+    return f"{call.op.name}({given})" + (f" in {call.full_address}" if call.scope.number else "")
 
 
 def checked(call: Call, outputs: tuple[Tensor, ...], run: Callable[[], None]) -> Wrong | None:
@@ -99,10 +104,6 @@ def _operands(given: dict[str, Any], index: tuple[int, ...]) -> dict[str, str]:
     return found
 
 
-def _brief(value: Any) -> str:
-    return repr(value.spec) if isinstance(value, Tensor) else repr(value)
-
-
 def edge_cases(op: Op, kernel: Kernel, where: Selector) -> Iterator[Call]:
     """Calls of the op's examples that the kernel takes and the selector may mean, in the dtypes that the kernel names.
 
@@ -134,7 +135,10 @@ def verify(op: Op, kernel: Kernel, where: Selector) -> int:
             outputs = tuple(empty(spec.shape, spec.dtype) for spec in call.outputs)
         except OpError as error:  # the rule has no such call: of a dtype that the op does not take
             raise SwapRefused(f"{kernel.name}: {error}") from None
-        wrong = checked(call, outputs, lambda call=call, outputs=outputs: kernel.launch(call, outputs))
+        try:
+            wrong = checked(call, outputs, lambda call=call, outputs=outputs: kernel.launch(call, outputs))
+        except LaunchError as error:
+            raise SwapRefused(f"{kernel.name} on an edge case, {shown(call)}: {error}") from None
         if wrong is not None:
             raise SwapRefused(f"{kernel.name} is wrong on an edge case: {wrong}\nedge_cases=False skips these")
         count += 1

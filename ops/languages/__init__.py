@@ -15,7 +15,7 @@ from .base import Options
 from .source import Origin
 
 TEXTS = {
-    "c": ("c", "C"), "c++": ("c", "Cpp"), "cuda": ("cuda", "Cuda"), "metal": ("metal", "Metal"),
+    "c": ("c", "C"), "c++": ("c", "CPlusPlus"), "cuda": ("cuda", "Cuda"), "metal": ("metal", "Metal"),
     "wgsl": ("wgsl", "Wgsl"), "opencl": ("opencl", "OpenCL"),
 }  # fmt: skip
 _FUNCTIONS = ("python", "tvmscript", "triton")

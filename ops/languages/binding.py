@@ -7,6 +7,7 @@ the first tensor (the product of its leading sizes, and its last one), and what 
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from ..errors import SwapRefused
 from ..op import Op
 from ..spec import Spec
 from ..tensor import Tensor
-from .base import Language, Parameter, Source, Value
+from .base import Language, Parameter, Source
 
 SIZES = ("rows", "width")
 
@@ -47,17 +48,17 @@ class Binding:
     op: Op
     dims: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def outputs(self) -> tuple[str, ...]:
         return output_names(self.op)
 
-    @property
+    @functools.cached_property
     def tensors(self) -> tuple[str, ...]:
         """Arguments and outputs that are arrays, in the order in which a signature written for the user has them."""
         given = [name for name, (kind, _) in zip(self.op.parameters, self.op._kinds, strict=True) if kind is Tensor]
         return (*given, *self.outputs)
 
-    @property
+    @functools.cached_property
     def numbers(self) -> tuple[str, ...]:
         """All names that stand for a number."""
         scalars = [n for n, (kind, _) in zip(self.op.parameters, self.op._kinds, strict=True) if kind is not Tensor]
@@ -144,11 +145,6 @@ class Binding:
         if missing:
             raise SwapRefused(f"{source.entry} has {{{missing[0]}}} in its text, but this call has no {missing[0]}")
         return {name: int(value) if isinstance(value, bool) else value for name, value in found.items()}
-
-
-def arrays(values: Sequence[Any]) -> list[Value]:
-    """Tensors as NumPy arrays over the same memory."""
-    return [each.numpy() if isinstance(each, Tensor) else each for each in values]
 
 
 def triple(given: int | tuple | Callable | None, call: Call, what: str) -> tuple[int, int, int]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..call import Call, Kernel
 from ..errors import SwapRefused
 from ..op import Op
 from ..tensor import Tensor
-from .base import Language, Launch, Parameter, Program, Source
-from .binding import Binding, arrays, triple
+from .base import Language, Launch, Parameter, Program, Source, Value
+from .binding import Binding, triple
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,39 @@ class _Compiled:
     source: Source
     parameters: tuple[Parameter, ...]
     program: Program
-    fitting: set[tuple] = field(default_factory=set)  # kinds of calls whose types were checked
+
+
+class _Ready:
+    """What calls of one kind need: their program, where each value comes from, and the launch where it is always one.
+
+    Only what depends on functions that the user gave is computed anew in each call.
+    """
+
+    def __init__(self, compiled: _Compiled, binding: Binding, shape: Shape, call: Call, outputs: Sequence[Any]):
+        self.program = compiled.program
+        values = binding.values(compiled.source.entry, compiled.parameters, call, outputs)
+        self._picks: list[Callable[[tuple, Any], Any]] = [
+            _pick(binding, each.name, value) for each, value in zip(compiled.parameters, values, strict=True)
+        ]
+        self.launch = None if any(map(callable, (shape.grid, shape.block, shape.shared))) else shape.of(call)
+
+    def values(self, call: Call, outputs: tuple[Tensor, ...]) -> list[Value]:
+        given = [pick(call.args, outputs) for pick in self._picks]
+        return [each.numpy() if type(each) is Tensor else each for each in given]
+
+
+def _pick(binding: Binding, name: str, value: Any) -> Callable[[tuple, Any], Any]:
+    """What gives the value of a name from a call's arguments and outputs; `value` is what it is in one such call."""
+    if name in binding.dims:
+        given = binding.dims[name]
+        return (lambda args, outputs: given(*args)) if callable(given) else (lambda args, outputs: value)
+    if name in binding.outputs:
+        at = binding.outputs.index(name)
+        return lambda args, outputs: outputs[at]
+    if name in binding.op.parameters:
+        at = binding.op.parameters.index(name)
+        return lambda args, outputs: args[at]
+    return lambda args, outputs: value
 
 
 class SourceKernel(Kernel):
@@ -56,24 +88,24 @@ class SourceKernel(Kernel):
         if self.declared is not None:
             self.binding.check_names(source.entry, self.declared)
             self.dtypes = {each.name: each.dtype for each in self.declared if each.pointer and each.dtype}
-        self.trusted = not language.untrusted
+        self.trusted = not (language.untrusted and language.options.sandbox)
+        if not self.trusted:
+            from .. import sandbox
+
+            sandbox.start()  # while the compiler works
         self._compiled: dict[tuple, _Compiled] = {}
+        self._ready: dict[tuple, _Ready] = {}
         self._lock = threading.Lock()
 
     def prepare(self, call: Call, outputs: Sequence[Any]) -> _Compiled:
         """What computes this call, compiled where that is needed. `outputs` are tensors or specs."""
         constants = self.binding.constants(self.source, call)
-        kind = tuple(sorted(constants.items()))
-        if self.declared is None:
-            kind = (*kind, *_kind(call, outputs))
+        kind = (tuple(constants.items()), None if self.declared is not None else _types(call, outputs))
         with self._lock:
             found = self._compiled.get(kind)
             if found is None:
                 found = self._compiled[kind] = self._compile(constants, call, outputs)
-        signature = _kind(call, outputs)
-        if signature not in found.fitting:
-            self.binding.check_types(self.source.entry, found.parameters, call, outputs)
-            found.fitting.add(signature)
+        self.binding.check_types(self.source.entry, found.parameters, call, outputs)
         return found
 
     def _compile(self, constants: dict[str, Any], call: Call, outputs: Sequence[Any]) -> _Compiled:
@@ -86,15 +118,20 @@ class SourceKernel(Kernel):
         return _Compiled(source, parameters, self.language.compile(source, parameters))
 
     def _launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
-        compiled = self.prepare(call, outputs)
-        values = arrays(self.binding.values(self.source.entry, compiled.parameters, call, outputs))
-        launch = self.shape.of(call)
-        if self.trusted or compiled.program.library is None:
-            compiled.program.run(values, launch)
+        key = _kind(call)
+        ready = self._ready.get(key)
+        if ready is None:
+            compiled = self.prepare(call, outputs)
+            ready = self._ready[key] = _Ready(compiled, self.binding, self.shape, call, outputs)
+        values = ready.values(call, outputs)
+        launch = ready.launch or self.shape.of(call)
+        if self.trusted or ready.program.library is None:
+            ready.program.run(values, launch)
             return
         from .. import sandbox
 
-        sandbox.run(compiled.program, values, launch)
+        inputs = [name for name in self.binding.tensors if name not in (*self.binding.outputs, *call.op.writes)]
+        sandbox.run(ready.program, values, launch, inputs=inputs, outputs=self.binding.outputs)
 
     @property
     def emulated(self) -> bool:
@@ -109,8 +146,13 @@ class SourceKernel(Kernel):
         return made
 
 
-def _kind(call: Call, outputs: Sequence[Any]) -> tuple:
-    """What the types of a call's values depend on."""
+def _kind(call: Call) -> tuple:
+    """What all but the values of a call's arguments depends on."""
+    specs = [each.spec if type(each) is Tensor else type(each) for each in call.args]
+    return (*specs, *call.constants.items())
+
+
+def _types(call: Call, outputs: Sequence[Any]) -> tuple:
+    """What the signature depends on that is written for a body."""
     types = tuple(each.dtype if isinstance(each, Tensor) else type(each) for each in call.args)
-    results = tuple(each.dtype for each in outputs)
-    return (*types, None, *results, *((name, type(value)) for name, value in call.constants.items()))
+    return (*types, *(each.dtype for each in outputs), *((n, type(v)) for n, v in call.constants.items()))

@@ -66,7 +66,7 @@ def definition(function: Callable) -> tuple[ast.FunctionDef, str]:
     path = function.__code__.co_filename
     linecache.checkcache(path)
     lines = linecache.getlines(path)
-    name = function.__name__
+    name = function.__code__.co_name
     try:
         tree = ast.parse("".join(lines))
     except SyntaxError as error:

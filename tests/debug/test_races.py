@@ -47,13 +47,13 @@ def edited(gate, up):
 
 def test_reload_at_the_prompt(rng, monkeypatch, tmp_path):
     case = Case(rng, "decode")
-    wanted = case.run()
     file = tmp_path / "kernels.py"
     file.write_text(FILE.format("1"))
     spec = importlib.util.spec_from_file_location("kernels", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    wanted = case.run()
     monkeypatch.setattr("llm.models.llama.file", file, raising=False)
     new = FILE.format("(1 + 0)")
     session = typed(monkeypatch, "reload", f"file.write_text({new!r})", "reload", "rerun", "c")
@@ -61,4 +61,6 @@ def test_reload_at_the_prompt(rng, monkeypatch, tmp_path):
         again = case.run()
     assert same(again, wanted)
     assert not session.left
-    assert "no swap's text has changed" in session.said and "reloaded <swap edited (python)" in session.said
+    first, second, rest = session.said.split("(Pdb) ")[1:4]
+    assert first.strip() == "no swap's text has changed" and "reloaded" not in second
+    assert rest.startswith("reloaded <swap edited (python) of silu_mul where 'layers.1-2'")
