@@ -24,6 +24,8 @@ METAL void atomic_thread_fence(mem_flags flags, memory_order, thread_scope = thr
 // What the launch says, for parameters such as [[thread_position_in_grid]].
 struct Positions {
   static METAL uint3 of(simt::Index i) { return uint3(i.x, i.y, i.z); }
+  static METAL uint3 thread_in_group() { return of(simt::here.thread); }
+  static METAL uint3 group() { return of(simt::here.block); }
   static METAL uint simdgroups() { return (threads() + simt::warp_size - 1) / simt::warp_size; }
   static METAL uint threads() { return product(simt::here.block_size); }
   static METAL uint product(simt::Index i) { return i.x * i.y * i.z; }

@@ -78,7 +78,7 @@ namespace precise = metal;
   METAL_EACH3(name)
 #define METAL_INTEGERS(M) M(char) M(uchar) M(short) M(ushort) M(int) M(uint) M(long) M(ulong)
 
-constexpr double pi = 3.14159265358979323846;
+constexpr double pi = 3.14159265358979323846L;  // L: other constants of a text are floats
 METAL_FLOAT1(exp, __builtin_expf(x)) METAL_FLOAT1(exp2, __builtin_exp2f(x))
 METAL_FLOAT1(exp10, __builtin_pow(10.0, static_cast<double>(x)))
 METAL_FLOAT1(log, __builtin_logf(x)) METAL_FLOAT1(log2, __builtin_log2f(x)) METAL_FLOAT1(log10, __builtin_log10f(x))
