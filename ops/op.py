@@ -11,15 +11,23 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
-from . import build, intercept, memory, threads
-from .call import Call, Kernel, Use, as_tuple, kind_of, raw, signature_line, type_name, uses_lock
+from . import build, intercept, memory
+from .call import Call, Kernel, Use, as_tuple, raw, uses_lock
 from .errors import KernelError, OpError, ShapeError, announce
+from .parameters import kind_of, signature_line, type_name
+from .plan import Plan
 from .scope import active, current, pass_call
 from .select import Selector
 from .spec import Dim, Spec
+from .steps import Steps
 from .tensor import Tensor, _wrap
+
+if TYPE_CHECKING:
+    from .race import Race
+    from .swap import Swap
+    from .table import Table
 
 Symbolic = Mapping[str, str | tuple[str | None, ...]]  # which sizes of which arguments stay open
 
@@ -34,30 +42,6 @@ _new = object.__new__
 def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor:
     """In a rule: declares an output like `x`, or with another shape or dtype. Nothing is allocated."""
     return cast(Tensor, (x if isinstance(x, Spec) else x.spec).like(shape, dtype))
-
-
-class Plan:
-    """What an op does for one combination of specs and constants: its outputs and its compiled kernel.
-
-    `output` is the spec of the only output, None where there are several or none.
-    """
-
-    __slots__ = ("constants", "op", "output", "outputs", "run", "specs")
-
-    def __init__(self, op: Op, specs: tuple, constants: dict[str, Any], outputs: tuple[Spec, ...]):
-        self.op, self.specs, self.constants, self.outputs = op, specs, constants, outputs
-        self.output = outputs[0] if len(outputs) == 1 else None
-        nothing = bool(outputs) and all(spec.size == 0 for spec in outputs) and not op.writes
-        self.run: Callable[..., Any] = (lambda *_: None) if nothing else self._build_and_run
-
-    def request(self) -> build.Request:
-        """What to compile: the op at symbolic sizes."""
-        return build.Request(self.op, self.op.symbolic_specs(self.specs), self.constants)
-
-    def _build_and_run(self, *data: Any) -> None:
-        self.run = build.function(self.request())
-        threads.settle()
-        self.run(*data)
 
 
 class Op(Generic[P, R]):
@@ -153,7 +137,7 @@ class Op(Generic[P, R]):
 
     def used_for(self, call: Call) -> Use | None:
         """Which `use` computes a call of this op; None when it is the op's own kernel."""
-        return next((use for use in reversed(self._uses) if use.where.matches(call)), None)
+        return next((use for use in reversed(self._uses) if use.applies(call)), None)
 
     def _launch(self, plan: Plan, call: Call) -> Any:
         use = self.used_for(call)
@@ -319,7 +303,7 @@ class Op(Generic[P, R]):
         """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
         if self._composed is None:
             raise OpError(f"{self.name} has no steps; it is one kernel")
-        return intercept.intercepted(_Steps(self, self._composed))
+        return intercept.intercepted(Steps(self, self._composed))
 
     def use(self, kernel: Any, where: Any = None) -> Use:
         """Use another kernel for the calls that `where` means (all, when None); the last one in use wins.
@@ -339,6 +323,44 @@ class Op(Generic[P, R]):
             self._uses = (*self._uses, use)
         return use
 
+    def swap(self, language: str, **options: Any) -> Callable[[Any], Swap]:
+        """Decorator: replaces the op's kernel by hand-written source, for some calls or all; gives a `Swap`.
+
+        `language`: "c", "c++", "cuda", "metal", "wgsl", "opencl" (the text is the function's docstring, what it
+        returns, or in `file=`), "python", "tvmscript", "triton" (what is decorated is the kernel). Options:
+
+        where       a selector: which calls (all, when None)
+        check       which calls are compared with the reference: "first 8, then 1/64", "always", "never"
+        edge_cases  False: not compared with the reference on the op's edge cases first
+        grid, block, shared
+                    blocks, threads of a block, bytes of shared memory: numbers, tuples, functions of the call's tensors
+        dims        more names for parameters: {"heads": lambda q, *_: q.shape[1]}
+        file        where the text is
+        device      "emulate": on the CPU
+        flags       for the compiler
+        sandbox     False: it runs in this process at once
+        active      False: only in `with swap.active():`
+
+        Raises SwapRefused for a kernel that does not fit the op or is wrong, SourceError for one that does not compile.
+        """
+        from .swap import decorator
+
+        return decorator(self, language, **options)
+
+    def race(self, *args: Any, **constants: Any) -> Race:
+        """All known kernels of the op on these arguments: time, share of what the machine can do, error. A table."""
+        from .race import race
+
+        bound, full = self._bound(args, constants)
+        return race(Call(self, bound, full, current.get(), 0))
+
+    @property
+    def swaps(self) -> Table:
+        """The swaps of this op, the first to be asked at the top."""
+        from .swap import Swap, table
+
+        return table([use for use in self._uses if isinstance(use, Swap)])
+
     def tir(self, *args: Any, **constants: Any) -> build.Text:
         """The TVMScript of the op's block definition at these arguments' shapes."""
         return build.tir(self._request(args, constants))
@@ -356,20 +378,6 @@ class Op(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"ops.{self.signature}"
-
-
-class _Steps(intercept.Interceptor):
-    """Runs an op as its steps; they are filed under the op's name, as `layers.0.self_attn.attention/softmax[0]`."""
-
-    def __init__(self, op: Op, composed: Callable):
-        self._op, self._composed = op, composed
-
-    @property
-    def name(self) -> str:
-        return self._op.name
-
-    def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
-        return self._composed(*call.args, **call.constants) if call.op is self._op else launch(call)
 
 
 def op(

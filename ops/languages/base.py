@@ -90,10 +90,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class Options:
-    """What a swap may ask of a language, beside the text. `device`: "emulate" on the CPU, or a device; None: any."""
+    """What a swap may ask of a language, beside the text. `device`: "emulate" on the CPU, or a device; None: any.
+
+    `flags` are the compiler's; without `sandbox` a kernel is trusted at once.
+    """
 
     device: str | None = None
     flags: tuple[str, ...] = ()
+    sandbox: bool = True
 
 
 class Program:

@@ -34,10 +34,11 @@ TYPES = {
     "unsigned char": "uint8",
 }
 DIALECT = signature.Dialect("C", TYPES, frozenset(native.NUMBERS))
-FLAGS = ("-O3", "-march=native", "-g", "-ftabstop=1", "-fvisibility=hidden", "-Wl,-Bsymbolic")
+# DWARF 4: addr2line of binutils 2.40 takes the first file of DWARF 5 for another.
+FLAGS = ("-O3", "-march=native", "-gdwarf-4", "-ftabstop=1", "-fvisibility=hidden", "-Wl,-Bsymbolic")
 # What a compiler may let pass in C, though it is never meant.
 STRICT = ("implicit-function-declaration", "incompatible-pointer-types", "int-conversion", "implicit-int")
-CHECKED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer")
+CHECKED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer", "-fno-delete-null-pointer-checks")
 
 _COMMON = r"""
 #include <math.h>
@@ -110,7 +111,6 @@ int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *s
 }
 """,
 }
-_compiling = ThreadPoolExecutor(2, "limpid-c")
 
 
 class C(Language):
@@ -130,7 +130,9 @@ class C(Language):
         """The program; its checked twin is built beside it, and waited for only when it is asked for."""
         text = self.translated(source, parameters)
         flags = self._flags(source)
-        checked = _compiling.submit(self._checked, text, flags)
+        beside = ThreadPoolExecutor(1, "limpid-c")
+        checked = beside.submit(self._checked, text, flags)
+        beside.shutdown(wait=False)  # its thread ends with its work
         try:
             library = native.build(text, self.name, flags)
         except SourceError as error:
@@ -150,9 +152,10 @@ class C(Language):
         return (*FLAGS, *strict, *["-fopenmp"] * parallel, *self.options.flags)
 
     def _checked(self, text: str, flags: Sequence[str]) -> Path | None:
-        if native.sanitizer(self.name) is None or native.sanitizer(self.name) != native.sanitizer("c"):
+        runtime = native.sanitizer(self.name)
+        if runtime is None or runtime != native.sanitizer("c"):
             return None  # the sandbox has one sanitizer loaded
-        shared = ["-shared-libasan"] if "clang" in native.sanitizer(self.name).name else []
+        shared = ["-shared-libasan"] if "clang" in runtime.name else []
         return native.build(text, self.name, (*flags, *CHECKED, *shared))
 
 

@@ -110,12 +110,16 @@ def sanitizer(language: str) -> Path | None:
     """The run-time library of the compiler's AddressSanitizer, to be loaded before all others; None without one."""
     if sys.platform != "linux":
         return None
-    for name in ("libasan.so", f"libclang_rt.asan-{platform.machine()}.so", "libclang_rt.asan.so"):
-        done = subprocess.run([compiler(language), f"-print-file-name={name}"], capture_output=True, text=True)
-        found = Path(done.stdout.strip())
-        if found.is_absolute() and found.exists():
-            return found.resolve()
-    return None
+    names = ("libasan.so", f"libclang_rt.asan-{platform.machine()}.so", "libclang_rt.asan.so")
+    return next(filter(None, (found(language, name) for name in names)), None)
+
+
+@functools.cache
+def found(language: str, name: str) -> Path | None:
+    """A library that the compiler would link by this name; None where it has none."""
+    command = [compiler(language), f"-print-file-name={name}"]
+    path = Path(subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS).stdout.strip())
+    return path.resolve() if path.is_absolute() and path.exists() else None
 
 
 Checked = Path | Callable[[], Path | None] | None

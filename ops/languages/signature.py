@@ -44,7 +44,7 @@ class Dialect:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a text defines. `before` are the words before its name; `offset` is where its parameters begin."""
+    """A function that a text defines. `before`: the words before its name; `offset`: where its parameters begin."""
 
     name: str
     before: str
@@ -94,16 +94,15 @@ def _functions(source: Source, text: str) -> Iterator[Function]:
 
 def _function(head: str, start: int) -> Function | None:
     """The function that a text before a brace begins; None for a loop, a struct, an initialiser."""
-    for match in re.finditer(r"([A-Za-z_]\w*)\s*\(", head):
-        before = _without_attributes(head[: match.start()])
-        if match[1] in _ATTRIBUTES or before.count("(") != before.count(")"):
-            continue
-        words = re.findall(r"[A-Za-z_]\w*", before)
-        if not words or _CONTROL & {match[1], *words} or re.search(r"[-=?!+/%|^\[.(]", before):
-            return None
-        inside = head[match.end() : _closing(head, match.end())]
-        return Function(match[1], before, inside, start + match.end())
-    return None
+    head = _without_attributes(head)
+    match = re.search(r"([A-Za-z_]\w*)\s*\(", head)
+    if match is None:
+        return None
+    before = head[: match.start()]
+    words = re.findall(r"[A-Za-z_]\w*", before)
+    if not words or _CONTROL & {match[1], *words} or re.search(r"[-=?!+/%|^\[.(]", before):
+        return None
+    return Function(match[1], before, head[match.end() : _closing(head, match.end())], start + match.end())
 
 
 def _without_attributes(text: str) -> str:
@@ -132,14 +131,20 @@ def parse(source: Source, dialect: Dialect) -> tuple[Parameter, ...] | None:
     Raises SourceError, with file and line, for an entry that is not there, and a parameter that nothing can be given
     to.
     """
+    entry = entry_of(source, dialect.kernel)
+    return entry and tuple(parameter(source, each, offset, dialect) for offset, each in pieces(entry))
+
+
+def entry_of(source: Source, kernel: str | None) -> Function | None:
+    """The function `source.entry`, which has the word `kernel` before it; None where the text defines no function."""
     found = functions(source)
     if not found:
         return None
     entries = [each for each in found if each.name == source.entry]
-    if dialect.kernel is not None:
-        marked = [each for each in entries if dialect.kernel in re.findall(r"\w+", each.before)]
+    if kernel is not None:
+        marked = [each for each in entries if kernel in re.findall(r"\w+", each.before)]
         if entries and not marked:
-            raise source.complaint(entries[0].offset, f"{source.entry} is no kernel: write {dialect.kernel} before it")
+            raise source.complaint(entries[0].offset, f"{source.entry} is no kernel: write {kernel} before it")
         entries = marked
     if not entries:
         names = ", ".join(dict.fromkeys(each.name for each in found))
@@ -151,11 +156,12 @@ def parse(source: Source, dialect: Dialect) -> tuple[Parameter, ...] | None:
         raise source.complaint(entry.offset, f"{entry.name} is a template; a kernel is a plain function")
     if not re.search(r"\bvoid\s*$", entry.before):
         raise source.complaint(entry.offset, f"{entry.name} gives a result; a kernel is void, and writes to arrays")
-    return tuple(_parameters(source, entry, dialect))
+    return entry
 
 
-def _parameters(source: Source, entry: Function, dialect: Dialect) -> Iterator[Parameter]:
-    text = _without_attributes(entry.parameters)
+def pieces(entry: Function) -> Iterator[tuple[int, str]]:
+    """The text of each parameter, and where it begins in the source."""
+    text = entry.parameters
     if text.strip() in ("", "void"):
         return
     start, depth = 0, 0
@@ -165,11 +171,12 @@ def _parameters(source: Source, entry: Function, dialect: Dialect) -> Iterator[P
         elif match[0] in (")", "]", ">"):
             depth -= 1
         elif match[0] == "" or depth == 0:
-            yield _parameter(source, text[start : match.start()], entry.offset + start, dialect)
+            yield entry.offset + start, text[start : match.start()]
             start = match.end()
 
 
-def _parameter(source: Source, text: str, offset: int, dialect: Dialect) -> Parameter:
+def parameter(source: Source, text: str, offset: int, dialect: Dialect) -> Parameter:
+    """The parameter that a text declares, which begins at `offset` of the source."""
     offset += len(text) - len(text.lstrip())
     written = " ".join(text.split())
     declared = text.split("=", 1)[0]  # without a default, which nobody would use
@@ -182,8 +189,10 @@ def _parameter(source: Source, text: str, offset: int, dialect: Dialect) -> Para
     before = tokens[: tokens.index("*")] if "*" in tokens else tokens
     const = bool(dialect.constant & {*before})
     plain = [word for word in words if word not in dialect.constant | dialect.qualifiers]
-    if len(plain) < 2 or _canonical(plain) in {*dialect.types, *dialect.numbers}:
-        raise source.complaint(offset, f"{written!r} has no {'type' if plain and len(plain) < 2 else 'name'}")
+    whole = _canonical(plain)
+    if len(plain) < 2 or whole in {*dialect.types, *dialect.numbers}:
+        known = not plain or whole in {*dialect.types, *dialect.numbers}
+        raise source.complaint(offset, f"{written!r} has no {'name' if known else 'type'}")
     kind, pointers = _canonical(plain[:-1]), tokens.count("*") + len(arrays)
     if pointers > 1:
         raise source.complaint(offset, f"{written!r} is a pointer to pointers; an array comes as one pointer")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,9 +43,16 @@ _running = threading.Lock()  # a library keeps one launch's state in static memo
 class EmulatedProgram(native.NativeProgram):
     """A program whose threads are fibers of one thread of the CPU; blocks run one after another."""
 
-    def __init__(self, parameters: Sequence[Parameter], library: Path, checked: Callable[[], Path | None], text: str):
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        library: Path,
+        checked: Callable[[], Path | None],
+        text: str,
+        options: Sequence[str] = (),
+    ):
         super().__init__(parameters, library, checked, emulated=True)
-        self.text = text
+        self.text, self.options = text, tuple(options)
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
         check_dtypes(self.parameters, values)
@@ -56,15 +63,17 @@ class EmulatedProgram(native.NativeProgram):
         """The same program with every access watched: many times slower, and it says what is wrong, and where."""
         checked = self.checked
         assert checked is not None
-        return EmulatedProgram(self.parameters, checked, lambda: checked, self.text)
+        return EmulatedProgram(self.parameters, checked, lambda: checked, self.text, self.options)
 
     def sources(self) -> dict[str, str]:
-        return {"asm": native.assembly(self.text, "c++", (*_FLAGS, *_FAST))}
+        return {"asm": native.assembly(self.text, "c++", (*_FLAGS, *_FAST, *self.options))}
 
 
 def check_dtypes(parameters: Sequence[Parameter], values: Sequence[Value]) -> None:
     """Raises LaunchError for an array of another dtype than its parameter's, whose bytes would be misread."""
     for parameter, value in zip(parameters, values, strict=True):
+        if parameter.pointer and parameter.dtype is None:
+            continue  # of a type that no tensor has: the language knows what it is given
         given = value.dtype if isinstance(value, np.ndarray) else None
         wanted = DTYPES.get(parameter.dtype or "") if parameter.pointer else None
         if given != wanted:
@@ -81,21 +90,25 @@ def program(
     call: str | None = None,
     shared_limit: int = 48 << 10,
     barrier: str = "__syncthreads()",
+    words: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> EmulatedProgram:
     """The program of a text in the words of `header`, a file of this folder.
 
     `call` is the C++ statement that calls the kernel for the running thread, with `void* const* values`: of an array
     its data, of a number where it is kept; by default the kernel gets the parameters. `shared_limit`: bytes of shared
-    memory that a block may declare. Raises SourceError with the user's own file and line.
+    memory that a block may declare. `words`: what the language calls what messages call "block", "warp" and the like;
+    the first that fits is taken. `options` are the compiler's. Raises SourceError with the user's own file and line.
     """
-    text = _translated(header, source, parameters, call or _call(source.entry, parameters), shared_limit, barrier)
-    flags = (*_FLAGS, *_WATCHED, *_UNLINKED)
+    called = call or _call(source.entry, parameters)
+    text = _translated(header, source, parameters, called, shared_limit, barrier, words or {})
+    flags = (*_FLAGS, *_WATCHED, *_UNLINKED, *options)
     checked: Future[Path] = compiling.submit(lambda: native.build(text, "c++", flags, [_runtime(True)]))
     try:
-        library = native.build(text, "c++", (*_FLAGS, *_FAST), [_runtime(False)])
+        library = native.build(text, "c++", (*_FLAGS, *_FAST, *options), [_runtime(False)])
     except SourceError as error:
         raise SourceError(complaints(str(error), source)) from None
-    return EmulatedProgram(parameters, library, checked.result, text)
+    return EmulatedProgram(parameters, library, checked.result, text, options)
 
 
 def _runtime(watched: bool) -> Path:
@@ -116,13 +129,20 @@ def _digest() -> str:
 
 
 def _translated(
-    header: str, source: Source, parameters: Sequence[Parameter], call: str, shared_limit: int, barrier: str
+    header: str,
+    source: Source,
+    parameters: Sequence[Parameter],
+    call: str,
+    shared_limit: int,
+    barrier: str,
+    words: Mapping[str, str],
 ) -> str:
     """The text as the compiler gets it. In a namespace without a name all of it is the text's own.
 
     Else the shared arrays of inline functions would not be where those of the others are.
     """
     table = ", ".join(f'{{"{p.name}", {_element(p)}, {str(not p.const).lower()}}}' for p in parameters)
+    said = "".join(f'"{each}", ' for pair in words.items() for each in pair)
     return f"""// {_digest()}
 #include "{header}"
 namespace {{
@@ -136,9 +156,10 @@ static void limpid_entry(void* const* values) {{
 }}
 extern "C" __attribute__((visibility("default")))
 int limpid_launch(const uint32_t* launch, void* const* values, const uint64_t* sizes) {{
-  static const simt::Kernel kernel = {{
-      "{source.entry}", limpid_entry, limpid_parameters, {len(parameters)}, {shared_limit}, "{barrier}"}};
-  return simt::launch(launch, values, sizes, kernel);
+  static const char* const words[] = {{{said}nullptr}};
+  static const simt::Kernel limpid_kernel = {{
+      "{source.entry}", limpid_entry, limpid_parameters, {len(parameters)}, {shared_limit}, "{barrier}", words}};
+  return simt::launch(launch, values, sizes, limpid_kernel);
 }}
 """
 

@@ -271,6 +271,26 @@ bool refused(const uint32_t* l) {
   return true;
 }
 
+bool in_word(char c) { return c == '_' || (c | 32) - 'a' < 26u || c - '0' < 10u; }
+
+// Put the message in the words of the kernel's language. Names of files stay: they end in a point and letters.
+void translate() {
+  char said[sizeof limpid_error];
+  size_t length = 0;
+  for (const char* at = limpid_error; *at && length + 64 < sizeof said;) {
+    const char* const* pair = kernel->words;
+    for (; *pair; pair += 2) {
+      size_t size = strlen(*pair);
+      bool starts = at == limpid_error || !(in_word(at[-1]) || strchr("./-", at[-1]));
+      if (starts && !strncmp(at, *pair, size) && !in_word(at[size]) && !(at[size] == '.' && in_word(at[size + 1]))) break;
+    }
+    if (*pair) length += static_cast<size_t>(snprintf(said + length, 64, "%s", pair[1])), at += strlen(pair[0]);
+    else said[length++] = *at++;
+  }
+  said[length] = 0;
+  memcpy(limpid_error, said, length + 1);
+}
+
 void meet(uint32_t mask, uint64_t bits, uint32_t source, const char* name, const char* file, int line) {
   Thread& t = *running;
   if (!(mask >> t.linear % warp_size & 1)) {
@@ -324,7 +344,7 @@ void fail(const char* message, const char* file, int line) {
 int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const Kernel& k) {
   limpid_error[0] = 0, has_failed = false, kernel = &k;
   if (k.count > 256) say("%s has %u parameters; 256 are allowed", k.name, k.count);
-  if (limpid_error[0] || refused(l)) return 1;
+  if (limpid_error[0] || refused(l)) return translate(), 1;
   memcpy(own, values, k.count * sizeof(void*));
   thread_count = l[3] * l[4] * l[5], dynamic_size = l[6];
   watch_launch(own, sizes, k);
@@ -336,6 +356,7 @@ int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const 
   watch_finish();
   if (has_failed && !strstr(limpid_error, "block ("))
     say("; block (%u,%u,%u)", here.block.x, here.block.y, here.block.z);
+  if (has_failed) translate();
   return has_failed;
 }
 
