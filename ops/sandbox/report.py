@@ -44,10 +44,11 @@ _SIGNALS = {
 
 
 def printed(said: str) -> str:
-    """What a kernel printed before anybody told of its death."""
-    return re.split(r"^(?:=+\n==\d+==ERROR: |AddressSanitizer:|limpid: signal )", said, maxsplit=1, flags=re.MULTILINE)[
+    """What a kernel printed before anybody told of its death, without what the sanitizer remarks by the way."""
+    own = re.split(r"^(?:=+\n==\d+==ERROR: |AddressSanitizer:|limpid: signal )", said, maxsplit=1, flags=re.MULTILINE)[
         0
     ]
+    return re.sub(r"^==\d+==WARNING: .*\n", "", own, flags=re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,18 @@ def test_printing(capsys):
     assert capsys.readouterr().out == "before the crash\n"
 
 
+def test_the_sanitizers_remarks_are_not_shown(capsys):
+    before = (
+        "#include <ucontext.h>\nstatic ucontext_t here, there;\nstatic float* at;\nstatic void g(void) { at[0] = 1; }"
+    )
+    start = "getcontext(&there); there.uc_stack.ss_sp = malloc(1 << 17); there.uc_stack.ss_size = 1 << 17;"
+    program = kernel(
+        f"{start} there.uc_link = &here; at = out; makecontext(&there, g, 0); swapcontext(&here, &there);", before
+    )
+    assert run(program)[0] == 1
+    assert capsys.readouterr().out == ""
+
+
 def test_printing_without_an_end(capsys):
     assert fault(kernel('for (;;) printf("again\\n");')) == "the kernel printed more than 1024 KiB, and was stopped"
     assert capsys.readouterr().out.startswith("again\nagain\n")
