@@ -111,7 +111,7 @@ WRONG = [
     ("threads", "#pragma omp parallel for\nfor (int i = 0; i < 9; i++)\nout[i] = i;", r"wrote out\[8\], past", 14),
     ("null", "*(volatile float*)0 = 1;", r"wrote through a null pointer \(SIGSEGV\)", 12),
     ("a local array", "float t[4]; for (int i = 0; i <= n / 2; i++) t[i] = i; out[0] = t[n % 3];",
-     r"wrote past the end of the local array t \(line 12\)", 12),
+     r"wrote past the end of the local array t", 12),
     ("the heap", "float* t = malloc(8); t[n - 6] = 1; out[0] = t[n % 2];", "wrote past the end of 8 bytes", 12),
     ("freed", "volatile float* t = malloc(8); free((void*)t); t[n % 2] = 1;", "wrote memory that was freed", 12),
     ("freed twice", "float* volatile t = malloc(8); free(t); free(t);", "freed memory twice", 12),
