@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from ...spec import DTYPES
 from .. import native
-from ..base import Launch, Parameter, Source, SourceError, Value
+from ..base import Launch, LaunchError, Parameter, Source, SourceError, Value
 from ..c import complaints
 
 FOLDER = Path(__file__).parent
@@ -33,7 +35,7 @@ _FAST = ("-O2",)
 # The instrumentation alone: watch.cpp has the functions that it calls, so the sanitizers' libraries stay out.
 _WATCHED = ("-O1", "-g", "-gdwarf-4", "-fsanitize=thread,bounds,alignment", "-fno-if-conversion", "-fno-if-conversion2")
 _UNLINKED = ("-nodefaultlibs", "-Wl,--no-as-needed", "-lc")
-_compiling = ThreadPoolExecutor(2, "limpid-emulator")
+compiling = ThreadPoolExecutor(4, "limpid-emulator")
 _running = threading.Lock()  # a library keeps one launch's state in static memory
 
 
@@ -52,6 +54,7 @@ class EmulatedProgram(native.NativeProgram):
         self.text, self.options = text, tuple(options)
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
+        check_dtypes(self.parameters, values)
         with _running:
             super().run(values, launch)
 
@@ -63,6 +66,18 @@ class EmulatedProgram(native.NativeProgram):
 
     def sources(self) -> dict[str, str]:
         return {"asm": native.assembly(self.text, "c++", (*_FLAGS, *_FAST, *self.options))}
+
+
+def check_dtypes(parameters: Sequence[Parameter], values: Sequence[Value]) -> None:
+    """Raises LaunchError for an array of another dtype than its parameter's, whose bytes would be misread."""
+    for parameter, value in zip(parameters, values, strict=True):
+        given = value.dtype if isinstance(value, np.ndarray) else None
+        wanted = DTYPES.get(parameter.dtype or "") if parameter.pointer else None
+        if given != wanted:
+            what = f"an array of {given}" if given is not None else "a number"
+            raise LaunchError(
+                f"{parameter} was given {what}, expected {f'an array of {wanted}' if wanted else 'a number'}"
+            )
 
 
 def program(
@@ -82,9 +97,10 @@ def program(
     memory that a block may declare. `words`: what the language calls what messages call "block", "warp" and the like;
     the first that fits is taken. `options` are the compiler's. Raises SourceError with the user's own file and line.
     """
-    text = _translated(header, source, parameters, call or _call(source.entry, parameters), shared_limit, barrier, words or {})
+    call = call or _call(source.entry, parameters)
+    text = _translated(header, source, parameters, call, shared_limit, barrier, words or {})
     flags = (*_FLAGS, *_WATCHED, *_UNLINKED, *options)
-    checked: Future[Path] = _compiling.submit(lambda: native.build(text, "c++", flags, [_runtime(True)]))
+    checked: Future[Path] = compiling.submit(lambda: native.build(text, "c++", flags, [_runtime(True)]))
     try:
         library = native.build(text, "c++", (*_FLAGS, *_FAST, *options), [_runtime(False)])
     except SourceError as error:
