@@ -1,4 +1,4 @@
-"""Metal Shading Language, run on the CPU (`ops.languages.emulator`): what a text declares, and what its kernel is given.
+"""Metal Shading Language, run on the CPU (`ops.languages.emulator`): what a text declares, and what its kernel gets.
 
     #include <metal_stdlib>
     using namespace metal;
@@ -131,8 +131,8 @@ class Metal(Language):
     def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
         if self.options.device not in (None, "emulate"):
             raise SourceError(
-                f"device={self.options.device!r}: running Metal on a GPU is not built here, for it has never been tried "
-                'on one; leave device= out, or say "emulate", to run it on the CPU'
+                f"device={self.options.device!r}: Metal on a GPU is not built here, as it was never tried on one; "
+                'leave device= out, or say "emulate", to run it on the CPU'
             )
         arguments = self._arguments(source)
         before = "".join(each.before for each in arguments)
