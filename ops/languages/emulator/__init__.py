@@ -28,6 +28,7 @@ _FLAGS = (
     "-nostdinc++",
     "-fvisibility=hidden",
     "-ftabstop=1",
+    "-Werror=frame-larger-than=65536",  # a thread's stack has 128 KiB
     f"-I{FOLDER}",
     f"-I{FOLDER / 'include'}",
 )
@@ -71,6 +72,8 @@ class EmulatedProgram(native.NativeProgram):
 def check_dtypes(parameters: Sequence[Parameter], values: Sequence[Value]) -> None:
     """Raises LaunchError for an array of another dtype than its parameter's, whose bytes would be misread."""
     for parameter, value in zip(parameters, values, strict=True):
+        if parameter.pointer and parameter.dtype is None:
+            continue  # of a type that no tensor has: the language knows what it is given
         given = value.dtype if isinstance(value, np.ndarray) else None
         wanted = DTYPES.get(parameter.dtype or "") if parameter.pointer else None
         if given != wanted:
@@ -97,8 +100,8 @@ def program(
     memory that a block may declare. `words`: what the language calls what messages call "block", "warp" and the like;
     the first that fits is taken. `options` are the compiler's. Raises SourceError with the user's own file and line.
     """
-    call = call or _call(source.entry, parameters)
-    text = _translated(header, source, parameters, call, shared_limit, barrier, words or {})
+    called = call or _call(source.entry, parameters)
+    text = _translated(header, source, parameters, called, shared_limit, barrier, words or {})
     flags = (*_FLAGS, *_WATCHED, *_UNLINKED, *options)
     checked: Future[Path] = compiling.submit(lambda: native.build(text, "c++", flags, [_runtime(True)]))
     try:

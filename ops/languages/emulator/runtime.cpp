@@ -58,6 +58,8 @@ namespace {
 
 constexpr uint32_t thread_limit = 1024, no_lane = 255, every_lane = 32;
 
+constexpr uint64_t untouched = 0x6c696d7069642e2eull;  // the lowest word of a stack
+
 void* scheduler;           // its stack pointer while a thread runs
 char* stacks;              // of all threads; kept from launch to launch
 bool has_failed;
@@ -67,15 +69,17 @@ uint32_t waiting[thread_limit / warp_size];  // lanes of each warp that wait for
 const Kernel* kernel;
 void* own[256];  // what the kernel is called with
 
-bool prepare() {
-  if (stacks) return true;
-  size_t whole = thread_limit * (stack_size + guard_size);
-  void* memory = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+// Stacks for `count` threads; kept from launch to launch, and of memory only what a thread has touched.
+bool prepare(uint32_t count) {
+  static uint32_t room;
+  if (count <= room) return true;
+  if (room) munmap(stacks, room * stack_size);
+  room = (count + 127) / 128 * 128;
+  void* memory = mmap(nullptr, room * stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   static Thread all[thread_limit];
-  if (memory == MAP_FAILED) return false;
-  for (uint32_t i = 0; i < thread_limit; ++i)  // a stack that runs over meets a page that nobody may touch
-    mprotect(static_cast<char*>(memory) + i * (stack_size + guard_size), guard_size, PROT_NONE);
+  if (memory == MAP_FAILED) return room = 0, false;
   stacks = static_cast<char*>(memory), threads = all;
+  for (uint32_t i = 0; i < room; ++i) memcpy(stacks + i * stack_size, &untouched, sizeof untouched);
   return true;
 }
 
@@ -177,6 +181,10 @@ bool after(Thread& t) {
     waiting[t.linear / warp_size] |= 1u << t.linear % warp_size;
     release_warp(t);
   } else if (t.state == State::ended) {
+    if (memcmp(stack_of(&t), &untouched, sizeof untouched)) {
+      say_thread(t.index), say(" needs more than the %zu KiB of local memory that the emulator has", stack_size >> 10);
+      has_failed = true;
+    }
     ++ended, live[t.linear / warp_size] &= ~(1u << t.linear % warp_size);
     for (uint32_t i = t.linear / warp_size * warp_size, n = 0; n < warp_size && i < thread_count; ++i, ++n)
       if (threads[i].state == State::in_warp) release_warp(threads[i]);
@@ -248,8 +256,7 @@ void run_block(Index size) {
 bool refused(const uint32_t* l) {
   uintptr_t begin, end;
   uint64_t declared = shared_range(&begin, &end) ? end - begin : 0, count = uint64_t{l[3]} * l[4] * l[5];
-  if (!prepare()) say("no memory for the stacks of %u threads", thread_limit);
-  else if (!count || count > thread_limit || !l[0] || !l[1] || !l[2])
+  if (!count || count > thread_limit || !l[0] || !l[1] || !l[2])
     say("cannot launch a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads: a block has 1 to %u threads, a grid at "
         "least one block", l[0], l[1], l[2], l[3], l[4], l[5], thread_limit);
   else if (declared > kernel->shared_limit)
@@ -258,6 +265,8 @@ bool refused(const uint32_t* l) {
   else if (declared + l[6] > dynamic_limit)
     say("%u bytes of dynamic shared memory and %llu declared are more than the %zu that a block may have", l[6],
         static_cast<unsigned long long>(declared), dynamic_limit);
+  else if (!prepare(static_cast<uint32_t>(count)))
+    say("no memory for the stacks of %u threads", static_cast<uint32_t>(count));
   else return false;
   return true;
 }
@@ -297,7 +306,7 @@ void meet(uint32_t mask, uint64_t bits, uint32_t source, const char* name, const
 
 void give_up() { has_failed = true; }
 bool failed() { return has_failed; }
-const char* stack_of(const Thread* t) { return stacks + t->linear * (stack_size + guard_size) + guard_size; }
+const char* stack_of(const Thread* t) { return stacks + t->linear * stack_size; }
 uint32_t dynamic_bytes() { return dynamic_size; }
 void yield() { wait(State::yielded); }
 
