@@ -63,47 +63,47 @@ kernel void rms_norm(device const T* x [[buffer(0)]], device const T* weight [[ 
         "  threadgroup_barrier(mem_flags::mem_threadgroup);\n",
         "\n",
         r"race on threadgroup memory part\[0\] between threads \(0,0,0\) and \(1,0,0\) of threadgroup \(0,0,0\): "
-        r"write kernels\.py:116, read kernels\.py:118; a threadgroup_barrier\(\) is missing between them",
+        r"write kernels\.py:115, read kernels\.py:117; a threadgroup_barrier\(\) is missing between them",
     ),
     Twin(
         "off by one",
         "i < width; i += threads) {",
         "i <= width; i += threads) {",
-        r"x\[514\] read out of bounds: x has 514 elements; threadgroup \(1,0,0\), thread \(1,0,0\), kernels\.py:114",
+        r"x\[514\] read out of bounds: x has 514 elements; threadgroup \(1,0,0\), thread \(1,0,0\), kernels\.py:113",
     ),
     Twin(
         "out of bounds",
         "out[row * (long)width + i]",
         "out[(row + 1) * (long)width + i]",
         r"out\[514\] written out of bounds: out has 514 elements; threadgroup \(1,0,0\), thread \(0,0,0\), "
-        r"kernels\.py:121",
+        r"kernels\.py:120",
     ),
     Twin(
         "array too short",
         "part[4]",
         "part[3]",
         r"index 3 out of bounds of an array of type 'float \[3\]'; threadgroup \(0,0,0\), thread \(96,0,0\), "
-        r"kernels\.py:116",
+        r"kernels\.py:115",
     ),
     Twin(
         "a simdgroup writes nothing",
         "if (lane == 0)",
         "if (tid % 64 == 0)",
-        rf"threadgroup memory part\[1\] is read before anything is written to it; {_AT}:118",
+        rf"threadgroup memory part\[1\] is read before anything is written to it; {_AT}:117",
     ),
     Twin(
         "threads that end early",
         "  float sum = 0;",
         "  float sum = 0; if (tid >= 96) return;",
-        r"divergent barrier: thread \(0,0,0\) waits at threadgroup_barrier\(\), kernels\.py:117, where thread "
+        r"divergent barrier: thread \(0,0,0\) waits at threadgroup_barrier\(\), kernels\.py:116, where thread "
         r"\(96,0,0\) never comes: it has ended; threadgroup \(0,0,0\)",
     ),
     Twin(
         "lanes apart",
         "sum = simd_sum(sum);",
         "if (lane < 31) sum = simd_sum(sum);",
-        r"a simdgroup that never meets: thread \(0,0,0\) waits at simd_sum\(\), kernels\.py:115, where thread "
-        r"\(31,0,0\) never comes: it waits at threadgroup_barrier\(\), kernels\.py:117",
+        r"a simdgroup that never meets: thread \(0,0,0\) waits at simd_sum\(\), kernels\.py:114, where thread "
+        r"\(31,0,0\) never comes: it waits at threadgroup_barrier\(\), kernels\.py:116",
     ),
 )
 
@@ -261,29 +261,29 @@ kernel void linear(device const T* x, device const T* weight, device T* out, con
         "    threadgroup_barrier(mem_flags::mem_threadgroup);\n",
         "\n",
         r"race on threadgroup memory a\[1\] between threads \(0,0,0\) and \(1,0,0\) of threadgroup \(0,0,0\): "
-        r"read kernels\.py:120, write kernels\.py:116; a threadgroup_barrier\(\) is missing between them",
+        r"read kernels\.py:119, write kernels\.py:115; a threadgroup_barrier\(\) is missing between them",
     ),
     Twin(
         "missing barrier after the sums",
         "    threadgroup_barrier(mem_flags::mem_threadgroup);  // all have read\n",
         "\n",
         r"race on threadgroup memory a\[0\] between threads \(0,0,0\) and \(1,0,0\) of threadgroup \(0,0,0\): "
-        r"write kernels\.py:116, read kernels\.py:120; a threadgroup_barrier\(\) is missing between them",
+        r"write kernels\.py:115, read kernels\.py:119; a threadgroup_barrier\(\) is missing between them",
     ),
     Twin(
         "off by one",
         "row < rows && column < columns",
         "row <= rows && column < columns",
         r"weight\[1240\] read out of bounds: weight has 1240 elements; threadgroup \(1,0,0\), thread \(0,15,0\), "
-        r"kernels\.py:106",
+        r"kernels\.py:105",
     ),
     Twin(
         "a barrier for each half",
         "    threadgroup_barrier(mem_flags::mem_threadgroup);\n",
         "    if (tid.x < 8) threadgroup_barrier(mem_flags::mem_none);\n"
         "    else threadgroup_barrier(mem_flags::mem_none);\n",
-        r"divergent barriers: thread \(0,0,0\) waits at threadgroup_barrier\(\), kernels\.py:118, but thread "
-        r"\(8,0,0\) at kernels\.py:119; threadgroup \(0,0,0\)",
+        r"divergent barriers: thread \(0,0,0\) waits at threadgroup_barrier\(\), kernels\.py:117, but thread "
+        r"\(8,0,0\) at kernels\.py:118; threadgroup \(0,0,0\)",
     ),
 )
 
@@ -319,21 +319,21 @@ kernel void softmax(device const T* x [[buffer(0)]], device T* out [[buffer(1)]]
             "missing barrier",
             "  threadgroup_barrier(mem_flags::mem_threadgroup);  // all have read\n",
             "\n",
-            r"race on the \[\[threadgroup\(0\)\]\] memory\[0\] between threads",
+            r"race on threadgroup memory part\[0\] between threads",
         ),
         Twin(
             "off by one",
             "i < width; i += threads) top",
             "i <= width; i += threads) top",
             r"x\[600\] read out of bounds: x has 600 elements; threadgroup \(2,0,0\), thread \(8,0,0\), "
-            r"kernels\.py:111",
+            r"kernels\.py:110",
         ),
         Twin(
             "part out of bounds",
             "lane < simdgroups ? part[lane] : 0.0f",
             "part[lane]",
-            r"the \[\[threadgroup\(0\)\]\] memory\[3\] read out of bounds: the \[\[threadgroup\(0\)\]\] memory has 3 "
-            r"elements; threadgroup \(0,0,0\), thread \(3,0,0\), kernels\.py:122",
+            r"part\[3\] read out of bounds: part has 3 "
+            r"elements; threadgroup \(0,0,0\), thread \(3,0,0\), kernels\.py:121",
         ),
     ),
     launch=lambda shape: Launch((shape[0], 1, 1), (96, 1, 1), 3 * 4),
