@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ops.languages.base import Launch, LaunchError, Options, Source, SourceError
+from ops.languages.base import LaunchError, Options
 from ops.languages.emulator import EmulatedProgram
 from ops.languages.metal import Metal
 from ops.spec import FLOATS
 from ops.tolerance import KERNEL, relative_error
 
 from .emulation import run, source
-from .metal_kernels import CASES, RMS_NORM, MetalCase, Twin
+from .metal_kernels import CASES, MetalCase, Twin
 
 
 def compiled(text: str, entry: str, device: str | None = None, flags: tuple[str, ...] = ()) -> EmulatedProgram:
