@@ -3,15 +3,18 @@
     def kernel(x_ptr, out_ptr, width, eps, BLOCK: tl.constexpr): ...
 
 A parameter is bound by its name, less `_ptr`. Python says no types: each parameter has the type "", and takes what it
-is given; only `tl.constexpr` is said. grid is in programs. `sources()` has what Triton's compiler makes of it for a GPU.
+is given; only `tl.constexpr` is said. grid is in programs. `sources()` is what Triton's compiler makes of it for a GPU.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import linecache
+import textwrap
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from .base import Language, Parameter, Program, Source, SourceError
@@ -66,6 +69,9 @@ class Triton(Language):
         from .triton_program import TritonProgram
 
         load("triton", "triton")
+        if self.options.flags or self.options.device not in (None, "emulate"):
+            given = f"flags {self.options.flags} and device {self.options.device!r}"
+            raise SourceError(f'{given}: Triton is interpreted here, without flags, and with no device but "emulate"')
         return TritonProgram(_plain(function), parameters, source or source_of(function))
 
 
@@ -82,7 +88,7 @@ def source_of(function: Callable) -> Source:
 def _plain(function: Callable) -> types.FunctionType:
     """The Python function, freed of @triton.jit and of the like."""
     while not isinstance(function, types.FunctionType) and hasattr(function, "fn"):
-        function = function.fn
+        function = getattr(function, "fn")  # noqa: B009 - of Triton's decorators, of which no type is known here
     if not isinstance(function, types.FunctionType):
         raise SourceError(f"{function!r} is no Python function")
     return function
@@ -98,19 +104,36 @@ def _parameter(given: inspect.Parameter) -> Parameter:
 
 
 def _definition(source: Source) -> ast.FunctionDef | None:
-    """The function that the text defines last; None where it defines none."""
+    """The last function that the text defines; None where it defines none."""
     try:
-        tree = ast.parse(inspect.cleandoc("\n" + source.text) if source.text[:1].isspace() else source.text)
+        tree = ast.parse(textwrap.dedent(source.text))
     except SyntaxError as error:
         raise SourceError(located(source, source.line + (error.lineno or 1) - 1, error.msg)) from error
-    return next((each for each in reversed(tree.body) if isinstance(each, ast.FunctionDef)), None)
+    functions = [each for each in tree.body if isinstance(each, ast.FunctionDef)]
+    return functions[-1] if functions else None
 
 
 def _function(source: Source) -> Callable:
-    """The function that a text defines, with `tl` and `triton` at hand; it keeps file and line."""
-    triton = load("triton", "triton")
-    return triton and _executed(source, {"triton": triton, "tl": load("triton.language", "triton")})
+    """The function that a text defines, with `tl` and `triton` at hand."""
+    text = "\n" * (source.line - 1) + textwrap.dedent(source.text)
+    file = f"<triton {hashlib.sha256(f'{source.file}:{text}'.encode()).hexdigest()[:16]}>"
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)  # where Triton reads it again
+    scope: dict[str, Any] = {"triton": load("triton", "triton"), "tl": load("triton.language", "triton")}
+    scope["__name__"] = file
+    try:
+        exec(compile(text, file, "exec"), scope)
+    except Exception as error:
+        raise SourceError(located(source, line_in(file, error) or source.line, repr(error))) from error
+    return scope[source.entry]
 
 
-def _executed(source: Source, scope: Mapping[str, Any]) -> Callable:
-    raise NotImplementedError
+def line_in(file: str, error: BaseException) -> int | None:
+    """The innermost line of a file that an error, or what caused it, passed through."""
+    line, each = None, error
+    while each is not None:
+        at, found = each.__traceback__, None
+        while at is not None:
+            found = at.tb_lineno if at.tb_frame.f_code.co_filename == file else found
+            at = at.tb_next
+        line, each = found or line, each.__cause__
+    return line
