@@ -204,7 +204,8 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
     if (write) {
       if (races(c.read)) race(r, address, size, c.read, false, t, now, true);
       if (races(c.other)) race(r, address, size, c.other, false, t, now, true);
-      c.write = now;
+      const bool plain = c.write.segment == now.segment && !(c.write.site & atomic_bit);
+      if (!(atomic && plain)) c.write = now;  // its own plain write is what others may race with
     } else if (c.read.segment != now.segment) {
       (races(c.read) ? c.other : c.read) = now;
     }
