@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import math
 import re
 import threading
@@ -51,7 +53,14 @@ def device(named: str | None = None) -> Device:
 
 @functools.cache
 def _device(named: str | None) -> Device:
-    adapters = load("wgpu", "wgsl").gpu.enumerate_adapters_sync()
+    wgpu = load("wgpu", "wgsl")
+    with contextlib.suppress(ImportError):  # after the software driver's LLVM, Triton's crashes when it is loaded
+        importlib.import_module("triton._C.libtriton")
+    with contextlib.suppress(RuntimeError):  # somebody else uses wgpu already, with whatever it found
+        importlib.import_module("wgpu.backends.wgpu_native.extras").set_instance_extras(
+            backends=["Vulkan", "Metal", "DX12"]
+        )
+    adapters = wgpu.gpu.enumerate_adapters_sync()
     adapters = [each for each in adapters if each.info["backend_type"] in _API]
     adapters.sort(key=lambda each: _KINDS.get(each.info["adapter_type"], len(_KINDS)))
     if not adapters:
