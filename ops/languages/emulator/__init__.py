@@ -23,6 +23,7 @@ from ..c import complaints
 FOLDER = Path(__file__).parent
 _FLAGS = (
     "-std=c++17",
+    "-fwrapv",
     "-fno-exceptions",
     "-fno-rtti",
     "-nostdinc++",

@@ -97,7 +97,7 @@ void fiber() {
 void start_thread(uint32_t i, Index size) {
   Thread& t = threads[i];
   memset(&t, 0, offsetof(Thread, gathered));
-  t.steps = t.segment = 0, t.accesses = 0;
+  t.steps = t.segment = 0;
   t.linear = i, t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
   size_t apart = i % 31 * 128;  // or all tops would compete for the same lines of the cache
   void** top = reinterpret_cast<void**>(const_cast<char*>(stack_of(&t)) + stack_size - apart) - frame_words;
@@ -111,7 +111,7 @@ void run(Thread& t) {
   here.thread = t.index, here.linear = t.linear;
   limpid_switch(&scheduler, t.stack_pointer);
   running = nullptr;
-  if (!has_failed) watch_pause();
+  if (!has_failed) watch_pause(&t);
 }
 
 void say_wait(const Thread& t) {
@@ -404,7 +404,7 @@ void watch_finish() {}
 void watch_block() {}
 void watch_barrier() {}
 void watch_meeting(Thread*) {}
-void watch_pause() {}
+void watch_pause(const Thread*) {}
 void watch_atomic(const void*, uint32_t, const void*) {}
 void watch_fence() {}
 #endif

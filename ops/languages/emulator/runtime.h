@@ -22,7 +22,6 @@ struct Thread {
   uint64_t gathered[warp_size];
   uint32_t steps;    // operations of its warp that it has been through
   uint32_t segment;  // watch.cpp: what it does until it next meets others; 0: not yet known
-  uint64_t accesses;
 };
 
 constexpr size_t dynamic_limit = 227 << 10, stack_size = 128 << 10;
@@ -48,7 +47,7 @@ void watch_finish();
 void watch_block();
 void watch_barrier();  // all threads of the block are there
 void watch_meeting(Thread* thread);
-void watch_pause();  // the thread that ran has stopped
+void watch_pause(const Thread* thread);  // which ran, and has stopped
 void watch_atomic(const void* address, uint32_t size, const void* pc);
 void watch_fence();
 
