@@ -5,6 +5,8 @@
 
 #include "simt.h"
 
+extern "C" char limpid_error[4096];
+
 namespace simt {
 
 enum class State : uint8_t { ready, yielded, at_barrier, in_warp, ended };
@@ -36,6 +38,7 @@ void give_up();                              // ends the launch from outside of 
 bool failed();
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));  // appends to limpid_error
 void say_thread(Index thread);               // "thread (0,0,0)"
+void translate(const Kernel& kernel);        // limpid_error into the words of its language
 const char* base_name(const char* path);
 bool shared_range(uintptr_t* begin, uintptr_t* end);  // of the declared arrays
 uint32_t dynamic_bytes();
