@@ -83,11 +83,15 @@ class Request:
 
     def scheduled(self) -> Any:
         """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
-        from .schedule import cpu
-
         template = self.op._templates.get("cpu")
         function = self._build(template) if template else None
-        return cpu.schedule(self.blocks(), self._rows()) if function is None else function
+        return self.rule_scheduled() if function is None else function
+
+    def rule_scheduled(self) -> Any:
+        """The blocks, scheduled by the rule, whether the op has a template or not."""
+        from .schedule import cpu
+
+        return cpu.schedule(self.blocks(), self._rows())
 
     def _rows(self) -> int:
         """The least size of the first open dimension."""

@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 from . import build, intercept, memory
-from .call import Call, Kernel, Use, as_tuple, raw, uses_lock
+from .call import Call, Use, as_tuple, raw
 from .errors import KernelError, OpError, ShapeError, announce
+from .op_tools import OpTools
 from .parameters import kind_of, signature_line, type_name
 from .plan import Plan
 from .scope import active, current, pass_call
-from .select import Selector
 from .spec import Dim, Spec
-from .steps import Steps
 from .tensor import Tensor, _wrap
-
-if TYPE_CHECKING:
-    from .race import Race
-    from .swap import Swap
-    from .table import Table
 
 Symbolic = Mapping[str, str | tuple[str | None, ...]]  # which sizes of which arguments stay open
 
@@ -44,7 +37,7 @@ def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor
     return cast(Tensor, (x if isinstance(x, Spec) else x.spec).like(shape, dtype))
 
 
-class Op(Generic[P, R]):
+class Op(OpTools, Generic[P, R]):
     """An op: call it with tensors. `reference`, `tir`, `source`, `spec` show what it is; `use` replaces its kernel."""
 
     def __init__(self, rule: Callable[P, R], symbolic: Symbolic, ranges: tuple[int, ...], writes: Collection[str]):
@@ -298,76 +291,6 @@ class Op(Generic[P, R]):
         """Registers small calls at the edges of what the op takes: see `ops.examples`."""
         self._examples = function
         return function
-
-    def steps(self) -> AbstractContextManager[None]:
-        """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
-        if self._composed is None:
-            raise OpError(f"{self.name} has no steps; it is one kernel")
-        return intercept.intercepted(Steps(self, self._composed))
-
-    def use(self, kernel: Any, where: Any = None) -> Use:
-        """Use another kernel for the calls that `where` means (all, when None); the last one in use wins.
-
-        `kernel`: a `Kernel`, a TIR PrimFunc over the inputs and then the outputs, or a Python function with the
-        signature of the op's reference. Gives a handle with `hits` and `remove()`, also usable in `with`.
-        """
-        if not isinstance(kernel, Kernel):
-            if build.is_primfunc(kernel):
-                kernel = Kernel.from_compiled(f"{self.name} (PrimFunc)", build.compiled(kernel, self.name))
-            elif callable(kernel):
-                kernel = Kernel.from_python(kernel)
-            else:
-                raise OpError(f"{self.name}.use takes a Kernel, a PrimFunc or a function, not {type(kernel).__name__}")
-        use = Use(self, kernel, Selector(where))
-        with uses_lock:
-            self._uses = (*self._uses, use)
-        return use
-
-    def swap(self, language: str, **options: Any) -> Callable[[Any], Swap]:
-        """Decorator: replaces the op's kernel by hand-written source, for some calls or all; gives a `Swap`.
-
-        `language`: "c", "c++", "cuda", "metal", "wgsl", "opencl" (the text is the function's docstring, what it
-        returns, or in `file=`), "python", "tvmscript", "triton" (what is decorated is the kernel). Options:
-
-        where       a selector: which calls (all, when None)
-        check       which calls are compared with the reference: "first 8, then 1/64", "always", "never"
-        edge_cases  False: not compared with the reference on the op's edge cases first
-        grid, block, shared
-                    blocks, threads of a block, bytes of shared memory: numbers, tuples, functions of the call's tensors
-        dims        more names for parameters: {"heads": lambda q, *_: q.shape[1]}
-        file        where the text is
-        device      "emulate": on the CPU
-        flags       for the compiler
-        sandbox     False: it runs in this process at once
-        active      False: only in `with swap.active():`
-
-        Raises SwapRefused for a kernel that does not fit the op or is wrong, SourceError for one that does not compile.
-        """
-        from .swap import decorator
-
-        return decorator(self, language, **options)
-
-    def race(self, *args: Any, **constants: Any) -> Race:
-        """All known kernels of the op on these arguments: time, share of what the machine can do, error. A table."""
-        from .race import race
-
-        bound, full = self._bound(args, constants)
-        return race(Call(self, bound, full, current.get(), 0))
-
-    @property
-    def swaps(self) -> Table:
-        """The swaps of this op, the first to be asked at the top."""
-        from .swap import Swap, table
-
-        return table([use for use in self._uses if isinstance(use, Swap)])
-
-    def tir(self, *args: Any, **constants: Any) -> build.Text:
-        """The TVMScript of the op's block definition at these arguments' shapes."""
-        return build.tir(self._request(args, constants))
-
-    def source(self, language: str, *args: Any, **constants: Any) -> build.Text:
-        """Generated code for these arguments' shapes: "llvm", "asm" or "c"."""
-        return build.source(self._request(args, constants), language)
 
     def _request(self, args: tuple, constants: dict[str, Any]) -> build.Request:
         return self.plan(*self._bound(args, constants, also=Spec)).request()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import ceilings, costs, races_torch
-from .call import Call, Kernel, Use
+from .call import Call, Kernel
 from .difference import Difference, Expected, bound
 from .errors import KernelError, OpError
 from .interleave import interleaved
@@ -87,7 +87,7 @@ def race(call: Call, seconds: float = _SECONDS) -> Race:
     failed: dict[str, str] = {}
     worst: dict[str, tuple[Difference, float]] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    for name, (_, run) in sides.items():
+    for name, (_, run, proven) in sides.items():
         mine, outputs = _own_copy(call), tuple(empty(spec.shape, spec.dtype) for spec in call.outputs)
         expected = Expected(mine, wide=True)
         try:
@@ -98,11 +98,12 @@ def race(call: Call, seconds: float = _SECONDS) -> Race:
         given[name] = [each.numpy().astype("float64") for each in (*outputs, *mine.written.values())]
         offs = [(off, bound(each)) for _, each, off in expected.differences(outputs)]
         worst[name] = max(offs, key=lambda pair: pair[0].error)
+        run = proven if all(off.error <= limit for off, limit in offs) else run
         runs[name] = lambda run=run, mine=mine, outputs=outputs: run(mine, outputs)
     times = interleaved(runs, seconds) if runs else {}
     contenders = [
         Contender(name, language, times.get(name), *worst.get(name, (None, 0.0)), failed.get(name, ""))
-        for name, (language, _) in sides.items()
+        for name, (language, _, _) in sides.items()
     ]
     contenders.sort(key=lambda each: float("inf") if each.seconds is None else each.seconds)
     return Race(call, contenders, _outvoted(call, given))
@@ -117,25 +118,23 @@ def _own_copy(call: Call) -> Call:
     return call.replace(tuple(args))
 
 
-def _sides(call: Call) -> dict[str, tuple[str, Run]]:
-    """Names, languages and what runs them, of all that can compute the call."""
+def _sides(call: Call) -> dict[str, tuple[str, Run, Run]]:
+    """Names, languages and what runs them, at first and when they were right, of all that can compute the call."""
     from .swap import own
 
     op = call.op
-    sides: dict[str, tuple[str, Run]] = {"own": ("tvm", own)} if op._kernel or op._templates else {}
+    sides: dict[str, tuple[str, Run, Run]] = {"own": ("tvm", own, own)} if op._kernel or op._templates else {}
     for use in op._uses:
-        if use.where.fits(call) and use.kernel.fits(call):
-            name = use.kernel.name if use.kernel.name not in sides else f"{use.kernel.name} {len(sides)}"
-            sides[name] = (use.kernel.origin, _launch_of(use))
+        kernel = use.kernel
+        if use.where.fits(call) and kernel.fits(call):
+            name = kernel.name if kernel.name not in sides else f"{kernel.name} {len(sides)}"
+            emulated = " emulated" if getattr(kernel, "emulated", False) else ""
+            sides[name] = (kernel.origin + emulated, kernel.launch, getattr(kernel, "launch_here", kernel.launch))
     if op._reference is not None:
-        sides["reference"] = ("numpy", lambda call, outputs: _reference(call, outputs))
+        sides["reference"] = ("numpy", _reference, _reference)
     if importlib.util.find_spec("torch") is not None and races_torch.knows(call):
-        sides["torch"] = ("torch", races_torch.run)
+        sides["torch"] = ("torch", races_torch.run, races_torch.run)
     return sides
-
-
-def _launch_of(use: Use) -> Run:
-    return lambda call, outputs: use.kernel.launch(call, outputs)
 
 
 def _reference(call: Call, outputs: tuple[Tensor, ...]) -> None:

@@ -67,6 +67,7 @@ class Parameter:
     """A parameter of a kernel. `type` is as written, without const and the like; `dtype` what Limpid calls it.
 
     `dtype` is None where the type means none of Limpid's. `pointer`: an array, else a number; `const`: read only.
+    A language without types, as Python, leaves `type` empty: the parameter is what it is bound to.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Parameter:
     const: bool
 
     def __str__(self) -> str:
-        return f"{'const ' * self.const}{self.type}{'*' * self.pointer} {self.name}"
+        return f"{'const ' * self.const}{self.type}{'*' * self.pointer} {self.name}".strip()
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ class Options:
 
 
 class Program:
-    """Compiled source. `run` computes; `emulated` says whether another machine than the kernel's own does.
+    """Compiled source. `run` computes; `emulated` says whether another machine than the kernel's own does, `device`
+    which one, by the name that its driver gives it.
 
     `library`, where there is one, is a shared object with
 
@@ -116,6 +118,7 @@ class Program:
     emulated = False
     note = ""
     parameters: tuple[Parameter, ...] = ()
+    device = "cpu"
     library: Path | None = None
 
     @property

@@ -88,7 +88,7 @@ class Binding:
         for each, value in zip(parameters, given, strict=True):
             spec = value.spec if isinstance(value, Tensor) else value
             if isinstance(spec, Spec):
-                if each.dtype != spec.dtype:
+                if each.dtype != held(spec):
                     raise SwapRefused(f"{entry} takes {each}, but {each.name} of {call.op.name} is {spec} here")
             elif not _takes(each, spec):
                 raise SwapRefused(
@@ -103,7 +103,7 @@ class Binding:
             if isinstance(value, (Tensor, Spec)):
                 changes = name in self.outputs or name in self.op.writes
                 spec = value.spec if isinstance(value, Tensor) else value
-                made.append(Parameter(name, language.spelling(spec.dtype), spec.dtype, True, not changes))
+                made.append(Parameter(name, language.spelling(held(spec)), held(spec), True, not changes))
             elif isinstance(value, (bool, int, float)):
                 dtype = "float32" if isinstance(value, float) else "int32"
                 made.append(Parameter(name, language.spelling(dtype), dtype, False, False))
@@ -145,6 +145,11 @@ class Binding:
         if missing:
             raise SwapRefused(f"{source.entry} has {{{missing[0]}}} in its text, but this call has no {missing[0]}")
         return {name: int(value) if isinstance(value, bool) else value for name, value in found.items()}
+
+
+def held(spec: Spec) -> str:
+    """The dtype in which a kernel sees a tensor: a packed weight as its bytes."""
+    return spec.dtype if spec.format is None else "uint8"
 
 
 def triple(given: int | tuple | Callable | None, call: Call, what: str) -> tuple[int, int, int]:

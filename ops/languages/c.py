@@ -4,11 +4,13 @@ A text sees `half` (`_Float16`, where the compiler has it) and `bfloat16` beside
 `half_to_float`, `float_to_half`, `bfloat16_to_float` and `float_to_bfloat16`, and the headers of mathematics, integers,
 memory and printing. `bfloat16` holds the bits and no arithmetic, so that none is done on bits by mistake; in C++ it
 turns into a float, and back, by itself. `__bf16` means it where the compiler has no type of that name (GCC < 13).
+What a kernel writes to `limpid_error`, a char[4096], becomes a LaunchError.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +36,11 @@ TYPES = {
     "unsigned char": "uint8",
 }
 DIALECT = signature.Dialect("C", TYPES, frozenset(native.NUMBERS))
+# A library's names mean its own functions, whatever the process has by that name; elsewhere linkers see to it.
+_OWN = ("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()
+_WHOLE = ("-Wl,-z,defs",) if sys.platform == "linux" else ()  # what is missing is told now, not when it is loaded
 # DWARF 4: addr2line of binutils 2.40 takes the first file of DWARF 5 for another.
-FLAGS = ("-O3", "-march=native", "-gdwarf-4", "-ftabstop=1", "-fvisibility=hidden", "-Wl,-Bsymbolic")
+FLAGS = ("-O3", "-march=native", "-gdwarf-4", "-ftabstop=1", "-fvisibility=hidden", *_OWN)
 # What a compiler may let pass in C, though it is never meant.
 STRICT = ("implicit-function-declaration", "incompatible-pointer-types", "int-conversion", "implicit-int")
 CHECKED = ("-O1", "-fsanitize=address", "-fno-omit-frame-pointer", "-fno-delete-null-pointer-checks")
@@ -48,6 +53,13 @@ _COMMON = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __cplusplus
+extern "C" {
+#endif
+__attribute__((visibility("default"))) char limpid_error[4096];
+#ifdef __cplusplus
+}
+#endif
 static inline uint32_t limpid_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 static inline float limpid_widened(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16; float value; memcpy(&value, &bits, 4); return value;
@@ -84,19 +96,19 @@ static inline bfloat16 float_to_bfloat16(float value) {
 #endif
 """
 _LAUNCH = {
-    "c": """__attribute__((visibility("default"))) char limpid_error[4096];
-__attribute__((visibility("default")))
+    "c": """__attribute__((visibility("default")))
 int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *sizes) {
   (void)launch, (void)values, (void)sizes;
+  limpid_error[0] = 0;
   CALL;
-  return 0;
+  return limpid_error[0] != 0;
 }
 """,
     "c++": """extern "C" {
-__attribute__((visibility("default"))) char limpid_error[4096];
 __attribute__((visibility("default")))
 int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *sizes) {
   (void)launch, (void)values, (void)sizes;
+  limpid_error[0] = 0;
   try {
     CALL;
   } catch (const std::exception &error) {
@@ -106,7 +118,7 @@ int limpid_launch(const uint32_t *launch, void *const *values, const uint64_t *s
     snprintf(limpid_error, sizeof limpid_error, "ENTRY threw an exception");
     return 1;
   }
-  return 0;
+  return limpid_error[0] != 0;
 }
 }
 """,
@@ -124,7 +136,7 @@ class C(Language):
         return signature.parse(source, DIALECT)
 
     def with_signature(self, source: Source, parameters: Sequence[Parameter]) -> Source:
-        return Source(signature.enclosed(source, parameters), source.entry, source.file, source.line)
+        return signature.enclosed(source, parameters)
 
     def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
         """The program; its checked twin is built beside it, and waited for only when it is asked for."""
@@ -134,7 +146,7 @@ class C(Language):
         checked = beside.submit(self._checked, text, flags)
         beside.shutdown(wait=False)  # its thread ends with its work
         try:
-            library = native.build(text, self.name, flags)
+            library = native.build(text, self.name, (*flags, *_WHOLE))
         except SourceError as error:
             raise SourceError(complaints(str(error), source)) from None
         return CProgram(parameters, library, checked, text, self.name, flags)
@@ -197,12 +209,15 @@ _COMPLAINT = re.compile(
 )
 
 
+_MISSING = re.compile(r"(?:\S*ld(?:\.\w+)?: )?(?P<file>/.+?):(?P<line>\d+): (?P<what>undefined reference to .*)")
+
+
 def complaints(said: str, source: Source) -> str:
     """The errors among what a compiler said, each with its line of the source and a caret; GCC's and clang's form.
 
     Compilers quote the file, which a notebook's cell may not have, and which may have changed since.
     """
-    shown, lines, errors = [], source.text.split("\n"), 0
+    shown, errors = [], 0
     for match in map(_COMPLAINT.fullmatch, said.split("\n")):
         if match is None or (match["kind"] == "note" and (not shown or "each undeclared" in match["what"])):
             continue
@@ -210,10 +225,21 @@ def complaints(said: str, source: Source) -> str:
         if errors > _SHOWN:
             shown.append("and more")
             break
-        place = f"{match['file']}:{match['line']}"
-        shown.append(f"{place}: {match['kind'].removeprefix('fatal ')}: {match['what']}")
-        at = int(match["line"]) - source.line
-        if match["file"] == source.file and 0 <= at < len(lines):
-            caret = re.sub(r"[^\t]", " ", lines[at][: int(match["column"] or 1) - 1]) + "^"
-            shown.append(f"    {lines[at]}\n    {caret}")
-    return "\n".join(shown) or said
+        what = f"{match['kind'].removeprefix('fatal ')}: {match['what']}"
+        shown.append(_placed(source, match["file"], int(match["line"]), int(match["column"] or 0), what))
+    for match in () if shown else map(_MISSING.fullmatch, said.split("\n")):
+        if match is not None:  # the linker's
+            own = match["file"].endswith(f"/{source.file.lstrip('/')}")  # the compiler made the path absolute
+            file = source.file if own else match["file"]
+            shown.append(_placed(source, file, int(match["line"]), 0, f"error: {match['what']}"))
+    return "\n".join(dict.fromkeys(shown)) or said
+
+
+def _placed(source: Source, file: str, number: int, column: int, what: str) -> str:
+    """A complaint with the line that it is about, where that is the source's, and a caret below its column."""
+    lines, at = source.text.split("\n"), number - source.line
+    told = f"{file}:{number}: {what}"
+    if file != source.file or not 0 <= at < len(lines):
+        return told
+    caret = re.sub(r"[^\t]", " ", lines[at][: column - 1]) + "^"
+    return f"{told}\n    {lines[at]}" + (f"\n    {caret}" if column else "")

@@ -68,7 +68,7 @@ class Cuda(Language):
         return parameters
 
     def with_signature(self, source: Source, parameters: Sequence[Parameter]) -> Source:
-        return replace(source, text=signature.enclosed(source, parameters, 'extern "C" __global__ '))
+        return signature.enclosed(source, parameters, 'extern "C" __global__ ')
 
     def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
         device = None if self.options.device == "emulate" else cuda_driver.device()

@@ -41,13 +41,23 @@ def _version(path: str) -> str:
     return subprocess.run([path, "--version"], capture_output=True, text=True, timeout=_SECONDS).stdout
 
 
+@functools.cache
+def _processor() -> str:
+    """What `-march=native` depends on: a cache may be shared by machines."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
 def build(text: str, language: str, flags: Sequence[str] = (), files: Sequence[Path] = ()) -> Path:
     """A shared object of `text` and of other `files` (sources or objects), kept in the disk cache.
 
     Raises SourceError with what the compiler says; `#line` directives in the text decide of which file it speaks.
     """
     command = [compiler(language), *flags, "-shared", "-fPIC"]
-    parts = [_version(command[0]), *command, text, *(path.read_bytes().hex() for path in files)]
+    parts = [_version(command[0]), _processor(), *command, text, *(path.read_bytes().hex() for path in files)]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
     with store.kernels.locked(key):
         found, _ = store.kernels.find(key)
@@ -141,14 +151,18 @@ class NativeProgram(Program):
         return self._checked
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
+        kept, pointers, sizes = marshalled(self.parameters, values)
+        self.run_at(launched(launch), pointers, sizes)
+        del kept
+
+    def run_at(self, launch: ctypes.Array, pointers: ctypes.Array, sizes: ctypes.Array) -> None:
+        """`run`, of what `launched` and `marshalled` give: what is the same in many calls need not be made anew."""
         if self._loaded is None:
             self._loaded = ctypes.CDLL(str(self.library))
-        kept, pointers, sizes = marshalled(self.parameters, values)
-        if self._loaded.limpid_launch(launched(launch), pointers, sizes):
+        if self._loaded.limpid_launch(launch, pointers, sizes):
             raise LaunchError(
                 ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(self._loaded, "limpid_error"))).decode()
             )
-        del kept
 
 
 def launched(launch: Launch) -> ctypes.Array:

@@ -61,6 +61,8 @@ class OpenCL(Language):
         return tuple(parameters)
 
     def with_signature(self, source: Source, parameters: Sequence[Parameter]) -> Source:
+        if source.entry == "kernel":
+            raise SourceError(f"{source.file}:{source.line}: error: kernel is a word of OpenCL's; choose another name")
         written = []
         for each in parameters:
             spelled = self.spelling(each.dtype) if each.dtype else each.type

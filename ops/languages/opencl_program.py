@@ -1,4 +1,4 @@
-"""OpenCL C on a device of pyopencl: on the arrays in place where the device shares memory, and errors on the user's line."""
+"""OpenCL C on a device of pyopencl: on arrays in place where it shares memory, and errors on the user's line."""
 
 from __future__ import annotations
 
@@ -109,43 +109,51 @@ class OpenCLProgram(Program):
 
     def _compute(self, values: Sequence[Value], launch: Launch, guard: int) -> None:
         cl, queue = self._on.cl, self._on.queue
-        held = []
-        for index, (parameter, value) in enumerate(zip(self.parameters, values, strict=True)):
+        pairs = [*zip(self.parameters, values, strict=True)]
+        written = {_place(value) for each, value in pairs if isinstance(value, np.ndarray) and not each.const}
+        places: dict[tuple[int, int], _Held] = {}  # an array that is given twice is one in the kernel too
+        for index, (parameter, value) in enumerate(pairs):
             if isinstance(value, np.ndarray):
-                held.append(_Held(self._on, parameter, value, guard))
-                self._kernel.set_arg(index, held[-1].argument)
+                place = _place(value)
+                if place not in places:
+                    places[place] = _Held(self._on, parameter.name, value, place in written, guard)
+                self._kernel.set_arg(index, places[place].argument)
             else:
                 self._kernel.set_arg(index, np.dtype(_NUMBERS[parameter.type]).type(value))
         sizes = tuple(grid * block for grid, block in zip(launch.grid, launch.block, strict=True))
         cl.enqueue_nd_range_kernel(queue, self._kernel, sizes, launch.block)
-        for each in held:
+        for each in places.values():
             each.fetch(queue)
         queue.finish()
-        for each in held:
+        for each in places.values():
             each.check(self.source)
-        for each in held:
+        for each in places.values():
             each.give_back()
+
+
+def _place(array: np.ndarray) -> tuple[int, int]:
+    return array.ctypes.data, array.nbytes
 
 
 class _Held:
     """An array as the device has it: the array itself where it may be, else a copy, with a guard around it if asked."""
 
-    def __init__(self, on: Device, parameter: Parameter, array: np.ndarray, guard: int):
-        self.parameter, self.array, self.guard, self.argument = parameter, array, guard, None
+    def __init__(self, on: Device, name: str, array: np.ndarray, writes: bool, guard: int):
+        self.name, self.array, self.writes, self.guard, self.argument = name, array, writes, guard, None
         self._cl, flags = on.cl, on.cl.mem_flags
         if not array.nbytes:
             return
         self.data = array.reshape(-1).view("uint8")
         aligned = array.ctypes.data % (_LANES * array.itemsize) == 0
         self.host = self.data if aligned and on.shares and not guard else _padded(self.data, guard)
-        writes = flags.READ_WRITE if not parameter.const or guard else flags.READ_ONLY
+        access = flags.READ_WRITE if writes or guard else flags.READ_ONLY
         shared = flags.USE_HOST_PTR if on.shares else flags.COPY_HOST_PTR
-        self.buffer = on.cl.Buffer(on.context, writes | shared, hostbuf=self.host)
+        self.buffer = on.cl.Buffer(on.context, access | shared, hostbuf=self.host)
         self.argument = self.buffer.get_sub_region(guard, array.nbytes) if guard else self.buffer
 
     def fetch(self, queue: Any) -> None:
         """Have what the kernel wrote in the host's memory, once the queue is done."""
-        if self.argument is None or (self.parameter.const and not self.guard):
+        if self.argument is None or not (self.writes or self.guard):
             return
         if self.buffer.flags & self._cl.mem_flags.USE_HOST_PTR:
             read = self._cl.map_flags.READ
@@ -163,13 +171,13 @@ class _Held:
         if hit.size:
             at = int(hit[0]) - self.guard + (self.array.nbytes if hit[0] >= self.guard else 0)
             raise LaunchError(
-                f"{source.file}:{source.line}: {source.entry} writes {self.parameter.name}"
+                f"{source.file}:{source.line}: {source.entry} writes {self.name}"
                 f"[{at // self.array.itemsize}], of {self.array.size} elements"
             )
 
     def give_back(self) -> None:
         """Copy the result to where the user's array is, if the kernel did not write there."""
-        if self.argument is not None and not self.parameter.const and self.host is not self.data:
+        if self.argument is not None and self.writes and self.host is not self.data:
             self.data[:] = self.host[self.guard : self.guard + self.data.size]
 
 
@@ -189,6 +197,6 @@ def _told(source: Source, text: str, on: Device) -> str:
     errors = [found for found in place.finditer(text) if "error:" in found[0]]
     said = "\n".join(dict.fromkeys(located(source, int(each[1]), each[2]) for each in errors))
     said = said or f"{source.file}:{source.line}: error: {text.strip()}"
-    if re.search(r"fp16|\bhalf\b", said) and not on.f16:
+    if re.search(r"fp16|\bhalf\b", said, re.IGNORECASE) and not on.f16:
         said += f"\n{on.name} has no cl_khr_fp16: read half with vload_half(i, x), write vstore_half(value, i, out)"
     return said

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .base import Parameter, Source
 
@@ -231,6 +231,7 @@ def _canonical(words: Sequence[str]) -> str:
     return f"signed {size}" if size == "char" and "signed" in words else size
 
 
-def enclosed(source: Source, parameters: Sequence[Parameter], before: str = "") -> str:
-    """A body with a function around it; `before` are words before `void`. No line is added before the body."""
-    return f"{before}void {source.entry}({', '.join(map(str, parameters))}) {{{source.text}\n}}"
+def enclosed(source: Source, parameters: Sequence[Parameter], before: str = "") -> Source:
+    """A body with a function around it; `before` are words before `void`. Its lines and columns stay what they were."""
+    head = f"{before}void {source.entry}({', '.join(map(str, parameters))}) {{"
+    return replace(source, text=f"{head}\n{source.text}\n}}", line=source.line - 1)

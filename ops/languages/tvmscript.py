@@ -24,7 +24,7 @@ from ..op import Op
 from ..spec import Spec
 from ..tensor import Tensor
 from .base import Options
-from .binding import output_names
+from .binding import held, output_names
 
 
 def kernel(op: Op, given: Any, shape: Any, dims: Mapping[str, Any], options: Options) -> Kernel:
@@ -83,9 +83,10 @@ def _described(parameter: Any) -> str:
 
 
 def _same_sizes(parameter: Any, spec: Spec) -> bool:
-    if not hasattr(parameter, "shape") or len(parameter.shape) != spec.ndim or str(parameter.dtype) != spec.dtype:
+    shape = spec.shape if spec.format is None else (spec.nbytes,)
+    if not hasattr(parameter, "shape") or len(parameter.shape) != len(shape) or str(parameter.dtype) != held(spec):
         return False
-    sizes = zip(parameter.shape, spec.shape, strict=True)
+    sizes = zip(parameter.shape, shape, strict=True)
     return all(int(size) == given for size, given in sizes if isinstance(size, tirx.IntImm))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from .shared import check_launch, check_values, load, located, without_comments
 from .wgsl import SIZES, Binding, Declared
 
 _PACKED = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "i32": np.dtype("<i4"), "u32": np.dtype("<u4")}
+_SUBGROUPS = re.compile(r"\benable +subgroups *;")  # wgpu has them, and knows not the standard's word for it
+_FEATURES = ("shader-f16", "subgroup", "subgroup-barrier")  # where the device has them
 _LIMITS = (
     "max-buffer-size", "max-storage-buffer-binding-size", "max-storage-buffers-per-shader-stage",
     "max-compute-invocations-per-workgroup", "max-compute-workgroup-size-x", "max-compute-workgroup-size-y",
@@ -29,11 +32,10 @@ class Device:
     def __init__(self, adapter: Any):
         self.wgpu = load("wgpu", "wgsl")
         self.name: str = adapter.info["device"]
-        self.f16 = "shader-f16" in adapter.features
+        features = [each for each in _FEATURES if each in adapter.features]
+        self.f16 = "shader-f16" in features
         limits = {name: adapter.limits[name] for name in _LIMITS}
-        self.handle = adapter.request_device_sync(
-            required_features=["shader-f16"] if self.f16 else [], required_limits=limits
-        )
+        self.handle = adapter.request_device_sync(required_features=features, required_limits=limits)
         self.limits: Mapping[str, int] = self.handle.limits
         self.lock = threading.Lock()
 
@@ -49,9 +51,8 @@ def device(named: str | None = None) -> Device:
 
 @functools.cache
 def _device(named: str | None) -> Device:
-    adapters = [
-        each for each in load("wgpu", "wgsl").gpu.enumerate_adapters_sync() if each.info["backend_type"] in _API
-    ]
+    adapters = load("wgpu", "wgsl").gpu.enumerate_adapters_sync()
+    adapters = [each for each in adapters if each.info["backend_type"] in _API]
     adapters.sort(key=lambda each: _KINDS.get(each.info["adapter_type"], len(_KINDS)))
     if not adapters:
         raise SourceError(
@@ -75,18 +76,22 @@ class WgpuProgram(Program):
     earlier run left there can pass for a result."""
 
     def __init__(self, source: Source, parameters: Sequence[Parameter], found: Declared, on: Device):
-        self.source, self.parameters, self.found, self._on = source, tuple(parameters), found, on
+        self.source, self.found, self._on = source, found, on
         self.device = on.name
         if re.search(r"\benable\s+f16\b", without_comments(source.text)) and not on.f16:
             raise SourceError(f"{source.file}:{source.line}: error: {on.name} has no float16 (shader-f16)")
-        names = {each.name for binding in found.bindings for each in binding.parameters}
-        if strange := [each for each in parameters if each.name not in names]:
+        bound = {each.name: each for binding in found.bindings for each in binding.parameters}
+        if strange := [each for each in parameters if each.name not in bound]:
             raise SourceError(f"{source.file}:{source.line}: error: the text binds no {', '.join(map(str, strange))}")
+        if missing := bound.keys() - {each.name for each in parameters}:
+            raise SourceError(f"{source.file}:{source.line}: error: nothing is given for {', '.join(sorted(missing))}")
+        self.parameters = tuple(bound[each.name] for each in parameters)
         self._pipelines: dict[tuple[int, ...], Any] = {}
         self._buffers: dict[str, Any] = {}
         self._groups: dict[tuple, dict[int, Any]] = {}
         with on.lock:
-            self._module = self._tried(lambda: on.handle.create_shader_module(code=source.text))
+            text = _SUBGROUPS.sub("", source.text)
+            self._module = self._tried(lambda: on.handle.create_shader_module(code=text))
             self._layouts = self._bound_layouts()
             if all(found.block):
                 self._pipeline(found.block)
@@ -117,6 +122,11 @@ class WgpuProgram(Program):
         block = tuple(said or asked for said, asked in zip(declared, launch.block, strict=True))
         if launch.block not in ((1, 1, 1), block):
             raise LaunchError(f"block {launch.block} is not the @workgroup_size of {self.source.entry}, {declared}")
+        limits = self._on.limits
+        most = [limits[f"max-compute-workgroup-size-{axis}"] for axis in "xyz"]
+        total = limits["max-compute-invocations-per-workgroup"]
+        if any(size > limit for size, limit in zip(block, most, strict=True)) or math.prod(block) > total:
+            raise LaunchError(f"block {block}: {self.device} takes {tuple(most)}, and {total} in all")
         return block
 
     def _size(self, binding: Binding, given: Mapping[str, Value]) -> int:

@@ -99,7 +99,7 @@ class Wgsl(Language):
     def with_signature(self, source: Source, parameters: Sequence[Parameter]) -> Source:
         arrays = [each for each in parameters if each.pointer]
         numbers = [each for each in parameters if not each.pointer]
-        spelled = {each.name: self.spelling(each.dtype or each.type) for each in parameters}
+        spelled = {each.name: self._spelled(each) for each in parameters}
         parts = ["enable f16;"] if "f16" in spelled.values() else []
         for index, each in enumerate(arrays):
             access = "read" if each.const else "read_write"
@@ -124,9 +124,17 @@ class Wgsl(Language):
         parts += [f"let {each.name} = numbers_.{each.name};" for each in numbers]
         return around(source, " ".join(parts), "}")
 
+    def _spelled(self, parameter: Parameter) -> str:
+        """A number that is an int64 elsewhere is an int32 here, and is refused when it does not fit."""
+        if not parameter.pointer and parameter.dtype == "int64":
+            return "i32"
+        return self.spelling(parameter.dtype or parameter.type)
+
     def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
         from .wgpu_program import WgpuProgram, device
 
+        if self.options.flags:
+            raise SourceError(f"flags {self.options.flags}: the compiler of WGSL takes none")
         found = declared(source)
         if found is None:
             raise SourceError(f"{source.file}:{source.line}: error: no @compute fn {source.entry} in the text")
@@ -222,7 +230,8 @@ class _Reader:
         if spelled in SIZES:
             return (Member(name, spelled, 0),), SIZES[spelled]
         if spelled not in self.structs:
-            self._fail(at, f"{name} is {spelled}: {self._lacks(*self._vector(spelled)[::-1])}")
+            lanes, element = self._vector(spelled)
+            self._fail(at, f"{name} is {spelled}: {self._lacks(element, lanes)}")
         members, end, widest = [], 0, 1
         struct = self.structs[spelled]
         for part in filter(None, (each.strip() for each in struct[2].split(","))):

@@ -15,7 +15,7 @@
 namespace simt {
 namespace {
 
-constexpr uint32_t atomic_bit = 1u << 31;
+constexpr uint32_t atomic_bit = 1u << 31, store_bit = 1u << 30, place_bits = store_bit - 1;  // of a site
 // Accesses by the threads of a block without one of them ending or waiting, after which it will not happen any more;
 // and by one of them, after which it is another's turn, who may write what it looks out for.
 constexpr uint64_t patience = 1ull << 26, turn = 1 << 14;
@@ -23,7 +23,7 @@ constexpr uint64_t patience = 1ull << 26, turn = 1 << 14;
 struct Segment {  // what a thread does between two meetings
   uint32_t block, thread, epoch, step;
 };
-struct Mark {  // an access: 0, or its segment; where in the library it is, and whether it is atomic
+struct Mark {  // an access: 0, or its segment; where in the library it is, and whether it is atomic, and stores only
   uint32_t segment, site;
 };
 struct Cell {
@@ -67,7 +67,7 @@ Pending pending;
 Unwritten unwritten;
 uintptr_t base;
 
-uint32_t site_of(const void* pc) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - base) & ~atomic_bit; }
+uint32_t site_of(const void* pc) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - base) & place_bits; }
 
 template <class T>
 T* reserve(size_t bytes) {
@@ -123,7 +123,7 @@ void say_element(const Region& r, uintptr_t address, uint32_t size) {
 
 void say_where(const Thread& t, uint32_t site) {
   char line[256];
-  find_line(site & ~atomic_bit, line, sizeof line);
+  find_line(site & place_bits, line, sizeof line);
   say("block (%u,%u,%u), ", here.block.x, here.block.y, here.block.z), say_thread(t.index), say(", %s", line);
 }
 
@@ -146,7 +146,7 @@ void race(const Region& r, uintptr_t address, uint32_t size, Mark before, bool b
           bool write) {
   const Segment& s = segments[before.segment];
   char first[256], second[256];
-  find_line(before.site & ~atomic_bit, first, sizeof first), find_line(now.site & ~atomic_bit, second, sizeof second);
+  find_line(before.site & place_bits, first, sizeof first), find_line(now.site & place_bits, second, sizeof second);
   say("race on %s memory ", r.shared ? "shared" : "global"), say_element(r, address, size);
   if (s.block != block_number) {
     say(" between two blocks, of which the second is block (%u,%u,%u), ", here.block.x, here.block.y, here.block.z);
@@ -201,7 +201,7 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
       return m.segment && m.segment != now.segment && !(atomic && m.site & atomic_bit) && !in_order(m.segment, t, r.shared);
     };
     bool fresh = r.shared && (!c.write.segment || segments[c.write.segment].block != block_number);
-    if (fresh && (!write || atomic) && !unwritten.region) unwritten = {&r, &t, address, size, site};
+    if (fresh && (!write || (atomic && !(site & store_bit))) && !unwritten.region) unwritten = {&r, &t, address, size, site};
     auto meets = [&](Mark before, bool before_write) {
       if (!races(before)) return;
       if (!write || (before.site | site) & atomic_bit || size > sizeof pending.bytes)
@@ -212,7 +212,8 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
     meets(c.write, true);
     if (write) {
       meets(c.read, false), meets(c.other, false);
-      c.write = now;
+      const bool plain = c.write.segment == now.segment && !(c.write.site & atomic_bit);
+      if (!(atomic && plain)) c.write = now;  // its own plain write is what others may race with
     } else if (c.read.segment != now.segment) {
       (races(c.read) ? c.other : c.read) = now;
     }
@@ -310,8 +311,8 @@ void watch_pause(const Thread* t) {
 
 void watch_fence() { fenced = true; }
 
-void watch_atomic(const void* address, uint32_t size, const void* pc) {
-  access(reinterpret_cast<uintptr_t>(address), size, true, site_of(pc) | atomic_bit);
+void watch_atomic(const void* address, uint32_t size, const void* pc, bool reads) {
+  access(reinterpret_cast<uintptr_t>(address), size, true, site_of(pc) | atomic_bit | (reads ? 0 : store_bit));
 }
 
 }  // namespace simt

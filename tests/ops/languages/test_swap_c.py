@@ -81,14 +81,14 @@ def test_other_dtypes_for_a_body():
 
 
 SIGNATURES = {
-    "const half* x, const float* weight, float* out": r"takes half\* x.*|takes const half\* x|takes float\* out, but out",
+    "const half* x, const float* weight, float* out": r"takes float\* out, but out of rms_norm is float16",
     "const float* x, const float* weigth, float* out": r"rms_norm has no weigth; it has x, .* did you mean weight\?",
     "const float* x, const float* weight": "no parameter out, which is where rms_norm puts its result",
     "const float* x, const float* out": r"takes const float\* out, which it cannot write; drop the const",
     "const float* x, float* out, int eps": "takes int eps, but eps of rms_norm is 1e-05, float",
     "const float* x, float* out, float width": r"takes float width, but width of rms_norm is \d+, int",
     "const float* x, float* out, float weight": "takes float weight, but weight is a tensor of rms_norm",
-    "const int* x, float* out": r"x is int32\[",
+    "const int* x, float* out": "block_norm: rms_norm: x is int32 and weight is float32; expected floats",
     "const float* x, float* out, struct params p": "params is not a type that is passed",
 }
 
@@ -101,9 +101,15 @@ def test_signatures_that_do_not_fit(signature):
 
 
 def test_dims():
-    text = "void half(const float* x, float* out, int n, float by) { for (int i = 0; i < n; i++) out[i] = x[i] * by; }"
+    text = (
+        "void halved(const float* x, float* out, int n, float by) { for (int i = 0; i < n; i++) out[i] = x[i] * by; }"
+    )
     swap = swapped(
-        text, ops.scale, "half", edge_cases=False, dims={"n": lambda x, factor: x.size, "by": lambda x, factor: factor}
+        text,
+        ops.scale,
+        "halved",
+        edge_cases=False,
+        dims={"n": lambda x, factor: x.size, "by": lambda x, factor: factor},
     )
     x = ops.tensor(np.arange(6, dtype="float32").reshape(2, 3))
     np.testing.assert_array_equal(ops.scale(x, 0.5).numpy(), x.numpy() / 2)
@@ -125,13 +131,14 @@ HARMFUL = {
 def test_what_harms_is_caught_and_named(model, harm, monkeypatch):
     monkeypatch.setattr("ops.sandbox.SECONDS", 1.0)
     text = TEXT.replace("  for (int r = 0;", f"  {harm}\n  for (int r = 0;", 1)
-    with pytest.raises(
-        SwapRefused, match=rf"(?s)block_norm on an edge case, rms_norm\(x=float32.*: .*({HARMFUL[harm]})"
-    ):
+    said = rf": .*({HARMFUL[harm]})"
+    with pytest.raises(SwapRefused, match=r"(?s)block_norm on an edge case, rms_norm\(x=float32.*" + said):
         swapped(text)
     swap = swapped(text, edge_cases=False, where="layers.1.*")
-    with pytest.raises(SwapRefused, match=r"(?s)block_norm is wrong at its first call, and was removed: rms_norm\(x=float32"
-                       rf"\[\d+, 128\], .* in layers\.1\.input_layernorm/rms_norm\[0\]@\d+: .*({HARMFUL[harm]})"):  # fmt: skip
+    where = r"rms_norm\(x=float32\[\d+, 128\], .* in layers\.1\.input_layernorm/rms_norm\[0\]@\d+"
+    with pytest.raises(
+        SwapRefused, match=rf"(?s)block_norm is wrong at its first call, and was removed: {where}{said}"
+    ):
         model.generate("Once", max_tokens=2)
     assert swap.state == "refused" and model.generate("Once", max_tokens=2)
 
