@@ -9,8 +9,6 @@
 #include <elf.h>
 #endif
 
-extern "C" char limpid_error[];
-
 namespace simt {
 namespace {
 
