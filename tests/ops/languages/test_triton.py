@@ -284,7 +284,7 @@ def test_a_triton_kernel_that_is_wrong(restored):
         value = tl.load(x + tl.program_id(0))
         tl.store(out + tl.program_id(0), sum([value / (1 + tl.exp(-value))]))
 
-    with pytest.raises(SourceError, match="error: NameError.*sum is not defined.*\n    tl.store"):
+    with pytest.raises(SourceError, match=r"error: NameError.*sum is not defined.*\n    tl.store"):
         ops.silu.swap("triton", grid=lambda x: x.size, where="dtype=float32")(only_interpreted)
     cases = {
         "triton asks for grid=": (copy, {"grid": None}),
