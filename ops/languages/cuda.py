@@ -78,17 +78,21 @@ class Cuda(Language):
         if device is not None:
             compiled = self._compiled(source, arch or device.architecture)
             return cuda_driver.CudaProgram(parameters, compiled, source.entry, device)
-        try:
-            compiled, note = self._compiled(source, arch or ARCHITECTURE), ""
-        except nvrtc.Missing as error:
-            compiled, note = None, f"emulated on the CPU; no CUDA compiler has seen it, as {error}"
+        arch = arch or ARCHITECTURE
+        compiling = emulator.compiling.submit(self._compiled, source, arch)  # beside the emulator's compiler
+        made = emulated = None
         try:
             made = emulator.program("cuda.h", with_dynamic(source), parameters)
         except SourceError as error:
-            if compiled is None:
-                raise
-            raise SourceError(f"this compiles for a GPU, but the emulator cannot run it:\n{error}") from None
-        return EmulatedCuda(made, compiled, note or f"emulated on the CPU; compiled for {arch or ARCHITECTURE} as well")
+            emulated = error
+        try:
+            compiled, note = compiling.result(), f"emulated on the CPU; NVRTC compiles it for {arch}"
+        except nvrtc.Missing as error:
+            compiled, note = None, f"emulated on the CPU; no CUDA compiler has seen it: {error}"
+        if made is None:
+            at = "" if compiled is None else "this compiles for a GPU, but the emulator cannot run it:\n"
+            raise SourceError(f"{at}{emulated}")
+        return EmulatedCuda(made, compiled, note)
 
     def _compiled(self, source: Source, arch: str) -> nvrtc.Compiled:
         options = [flag for flag in self.options.flags if not _ARCHITECTURE.match(flag)]
@@ -107,7 +111,7 @@ class EmulatedCuda(emulator.EmulatedProgram):
         self.compiled, self.note = compiled, note
 
     def sources(self) -> dict[str, str]:
-        return super().sources() | (cuda_driver.listings(self.compiled) if self.compiled else {})
+        return cuda_driver.listings(self.compiled) if self.compiled else {}
 
 
 def prelude(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import native, nvrtc
+from . import emulator, native, nvrtc
 from .base import Launch, LaunchError, Parameter, Program, Value
 
 _PLENTY = 48 << 10  # bytes of dynamic shared memory above which a kernel must ask for it
@@ -83,6 +83,7 @@ class CudaProgram(Program):
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
         driver = self.device.driver
+        emulator.check_dtypes(self.parameters, values)
         kept, _, _ = native.marshalled(self.parameters, values)
         _done(driver, driver.cuCtxSetCurrent(self.device.context))
         function = self._loaded(launch.shared)

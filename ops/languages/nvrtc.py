@@ -49,6 +49,15 @@ def compile(text: str, arch: str = "sm_90", options: Sequence[str] = (), name: s
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def available() -> bool:
+    """Whether NVRTC is installed."""
+    try:
+        _module("cuda.bindings.nvrtc", "cuda-bindings")
+    except Missing:
+        return False
+    return True
+
+
 def sass(cubin: bytes) -> str:
     """The listing of machine code, by nvdisasm."""
     with tempfile.TemporaryDirectory(prefix="limpid-") as folder:

@@ -131,14 +131,20 @@ def parse(source: Source, dialect: Dialect) -> tuple[Parameter, ...] | None:
     Raises SourceError, with file and line, for an entry that is not there, and a parameter that nothing can be given
     to.
     """
+    entry = entry_of(source, dialect.kernel)
+    return entry and tuple(parameter(source, each, offset, dialect) for offset, each in pieces(entry))
+
+
+def entry_of(source: Source, kernel: str | None) -> Function | None:
+    """The function `source.entry`, which has the word `kernel` before it; None where the text defines no function."""
     found = functions(source)
     if not found:
         return None
     entries = [each for each in found if each.name == source.entry]
-    if dialect.kernel is not None:
-        marked = [each for each in entries if dialect.kernel in re.findall(r"\w+", each.before)]
+    if kernel is not None:
+        marked = [each for each in entries if kernel in re.findall(r"\w+", each.before)]
         if entries and not marked:
-            raise source.complaint(entries[0].offset, f"{source.entry} is no kernel: write {dialect.kernel} before it")
+            raise source.complaint(entries[0].offset, f"{source.entry} is no kernel: write {kernel} before it")
         entries = marked
     if not entries:
         names = ", ".join(dict.fromkeys(each.name for each in found))
@@ -150,10 +156,11 @@ def parse(source: Source, dialect: Dialect) -> tuple[Parameter, ...] | None:
         raise source.complaint(entry.offset, f"{entry.name} is a template; a kernel is a plain function")
     if not re.search(r"\bvoid\s*$", entry.before):
         raise source.complaint(entry.offset, f"{entry.name} gives a result; a kernel is void, and writes to arrays")
-    return tuple(_parameters(source, entry, dialect))
+    return entry
 
 
-def _parameters(source: Source, entry: Function, dialect: Dialect) -> Iterator[Parameter]:
+def pieces(entry: Function) -> Iterator[tuple[int, str]]:
+    """The text of each parameter, and where it begins in the source."""
     text = entry.parameters
     if text.strip() in ("", "void"):
         return
@@ -164,11 +171,12 @@ def _parameters(source: Source, entry: Function, dialect: Dialect) -> Iterator[P
         elif match[0] in (")", "]", ">"):
             depth -= 1
         elif match[0] == "" or depth == 0:
-            yield _parameter(source, text[start : match.start()], entry.offset + start, dialect)
+            yield entry.offset + start, text[start : match.start()]
             start = match.end()
 
 
-def _parameter(source: Source, text: str, offset: int, dialect: Dialect) -> Parameter:
+def parameter(source: Source, text: str, offset: int, dialect: Dialect) -> Parameter:
+    """The parameter that a text declares, which begins at `offset` of the source."""
     offset += len(text) - len(text.lstrip())
     written = " ".join(text.split())
     declared = text.split("=", 1)[0]  # without a default, which nobody would use

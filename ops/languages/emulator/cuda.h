@@ -182,3 +182,7 @@ template <class T> inline void __stwt(T* p, typename simt_same<T>::type v) { *p 
 
 #include "cuda_math.h"
 #include "cuda_half.h"
+#include "include/cuda/std/cstdint"
+#include "include/cuda/std/type_traits"
+
+#define alignas(n) __attribute__((aligned(n)))  // CUDA takes it anywhere among the words of a declaration

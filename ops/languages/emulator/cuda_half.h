@@ -8,9 +8,13 @@ using nv_bfloat16 = simt::bfloat16;
 using __nv_bfloat16 = simt::bfloat16;
 struct alignas(4) half2 {
   half x, y;
+  half2() = default;
+  half2(half x, half y) : x(x), y(y) {}
 };
 struct alignas(4) nv_bfloat162 {
   nv_bfloat16 x, y;
+  nv_bfloat162() = default;
+  nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}
 };
 using __half2 = half2;
 using __nv_bfloat162 = nv_bfloat162;

@@ -58,6 +58,8 @@ namespace {
 
 constexpr uint32_t thread_limit = 1024, no_lane = 255, every_lane = 32;
 
+constexpr uint64_t untouched = 0x6c696d7069642e2eull;  // the lowest word of a stack
+
 void* scheduler;           // its stack pointer while a thread runs
 char* stacks;              // of all threads; kept from launch to launch
 bool has_failed;
@@ -67,15 +69,17 @@ uint32_t waiting[thread_limit / warp_size];  // lanes of each warp that wait for
 const Kernel* kernel;
 void* own[256];  // what the kernel is called with
 
-bool prepare() {
-  if (stacks) return true;
-  size_t whole = thread_limit * (stack_size + guard_size);
-  void* memory = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+// Stacks for `count` threads; kept from launch to launch, and of memory only what a thread has touched.
+bool prepare(uint32_t count) {
+  static uint32_t room;
+  if (count <= room) return true;
+  if (room) munmap(stacks, room * stack_size);
+  room = (count + 127) / 128 * 128;
+  void* memory = mmap(nullptr, room * stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   static Thread all[thread_limit];
-  if (memory == MAP_FAILED) return false;
-  for (uint32_t i = 0; i < thread_limit; ++i)  // a stack that runs over meets a page that nobody may touch
-    mprotect(static_cast<char*>(memory) + i * (stack_size + guard_size), guard_size, PROT_NONE);
+  if (memory == MAP_FAILED) return room = 0, false;
   stacks = static_cast<char*>(memory), threads = all;
+  for (uint32_t i = 0; i < room; ++i) memcpy(stacks + i * stack_size, &untouched, sizeof untouched);
   return true;
 }
 
@@ -167,17 +171,25 @@ void release_warp(const Thread& last) {
   }
 }
 
-void after(Thread& t) {
+// What a thread's stop means for others. Gives whether all go on from a barrier.
+bool after(Thread& t) {
   if (t.state == State::at_barrier) {
-    if (++at_barrier == thread_count) release_barrier();
+    if (++at_barrier < thread_count) return false;
+    release_barrier();
+    return true;
   } else if (t.state == State::in_warp) {
     waiting[t.linear / warp_size] |= 1u << t.linear % warp_size;
     release_warp(t);
   } else if (t.state == State::ended) {
+    if (memcmp(stack_of(&t), &untouched, sizeof untouched)) {
+      say_thread(t.index), say(" needs more than the %zu KiB of local memory that the emulator has", stack_size >> 10);
+      has_failed = true;
+    }
     ++ended, live[t.linear / warp_size] &= ~(1u << t.linear % warp_size);
     for (uint32_t i = t.linear / warp_size * warp_size, n = 0; n < warp_size && i < thread_count; ++i, ++n)
       if (threads[i].state == State::in_warp) release_warp(threads[i]);
   }
+  return false;
 }
 
 void say_stuck() {
@@ -202,6 +214,22 @@ void say_stuck() {
   say("threads wait for each other for ever");
 }
 
+// Lets the threads of a warp run until all of it waits. Gives whether any did.
+bool run_warp(uint32_t first) {
+  uint32_t last = first + warp_size < thread_count ? first + warp_size : thread_count;
+  bool moved = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (uint32_t i = first; i < last && !has_failed; ++i)
+      if (threads[i].state == State::ready) {
+        moved = again = true;
+        run(threads[i]);
+        if (!has_failed && after(threads[i])) return true;  // on from the block's first thread
+      }
+  }
+  return moved;
+}
+
 void run_block(Index size) {
   at_barrier = ended = 0;
   memset(live, 0, sizeof live), memset(waiting, 0, sizeof waiting);
@@ -212,18 +240,9 @@ void run_block(Index size) {
   watch_block();
   while (ended < thread_count) {
     bool moved = false;
-    for (uint32_t first = 0; first < thread_count; first += warp_size) {  // a warp at a time, until all of it waits
-      uint32_t last = first + warp_size < thread_count ? first + warp_size : thread_count;
-      for (bool again = true; again;) {
-        again = false;
-        for (uint32_t i = first; i < last; ++i)
-          if (threads[i].state == State::ready) {
-            run(threads[i]), moved = again = true;
-            if (!has_failed) after(threads[i]);
-            if (has_failed) return;
-          }
-      }
-    }
+    for (uint32_t first = 0; first < thread_count; first += warp_size)
+      if (run_warp(first)) moved = true;
+    if (has_failed) return;
     for (uint32_t i = 0; i < thread_count; ++i)
       if (threads[i].state == State::yielded) threads[i].state = State::ready, moved = true;
     if (!moved) {
@@ -237,8 +256,7 @@ void run_block(Index size) {
 bool refused(const uint32_t* l) {
   uintptr_t begin, end;
   uint64_t declared = shared_range(&begin, &end) ? end - begin : 0, count = uint64_t{l[3]} * l[4] * l[5];
-  if (!prepare()) say("no memory for the stacks of %u threads", thread_limit);
-  else if (!count || count > thread_limit || !l[0] || !l[1] || !l[2])
+  if (!count || count > thread_limit || !l[0] || !l[1] || !l[2])
     say("cannot launch a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads: a block has 1 to %u threads, a grid at "
         "least one block", l[0], l[1], l[2], l[3], l[4], l[5], thread_limit);
   else if (declared > kernel->shared_limit)
@@ -247,8 +265,30 @@ bool refused(const uint32_t* l) {
   else if (declared + l[6] > dynamic_limit)
     say("%u bytes of dynamic shared memory and %llu declared are more than the %zu that a block may have", l[6],
         static_cast<unsigned long long>(declared), dynamic_limit);
+  else if (!prepare(static_cast<uint32_t>(count)))
+    say("no memory for the stacks of %u threads", static_cast<uint32_t>(count));
   else return false;
   return true;
+}
+
+bool in_word(char c) { return c == '_' || (c | 32) - 'a' < 26u || c - '0' < 10u; }
+
+// Put the message in the words of the kernel's language. Names of files stay: they end in a point and letters.
+void translate() {
+  char said[sizeof limpid_error];
+  size_t length = 0;
+  for (const char* at = limpid_error; *at && length + 64 < sizeof said;) {
+    const char* const* pair = kernel->words;
+    for (; *pair; pair += 2) {
+      size_t size = strlen(*pair);
+      bool starts = at == limpid_error || !(in_word(at[-1]) || strchr("./-", at[-1]));
+      if (starts && !strncmp(at, *pair, size) && !in_word(at[size]) && !(at[size] == '.' && in_word(at[size + 1]))) break;
+    }
+    if (*pair) length += static_cast<size_t>(snprintf(said + length, 64, "%s", pair[1])), at += strlen(pair[0]);
+    else said[length++] = *at++;
+  }
+  said[length] = 0;
+  memcpy(limpid_error, said, length + 1);
 }
 
 void meet(uint32_t mask, uint64_t bits, uint32_t source, const char* name, const char* file, int line) {
@@ -266,7 +306,7 @@ void meet(uint32_t mask, uint64_t bits, uint32_t source, const char* name, const
 
 void give_up() { has_failed = true; }
 bool failed() { return has_failed; }
-const char* stack_of(const Thread* t) { return stacks + t->linear * (stack_size + guard_size) + guard_size; }
+const char* stack_of(const Thread* t) { return stacks + t->linear * stack_size; }
 uint32_t dynamic_bytes() { return dynamic_size; }
 void yield() { wait(State::yielded); }
 
@@ -304,7 +344,7 @@ void fail(const char* message, const char* file, int line) {
 int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const Kernel& k) {
   limpid_error[0] = 0, has_failed = false, kernel = &k;
   if (k.count > 256) say("%s has %u parameters; 256 are allowed", k.name, k.count);
-  if (limpid_error[0] || refused(l)) return 1;
+  if (limpid_error[0] || refused(l)) return translate(), 1;
   memcpy(own, values, k.count * sizeof(void*));
   thread_count = l[3] * l[4] * l[5], dynamic_size = l[6];
   watch_launch(own, sizes, k);
@@ -316,6 +356,7 @@ int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const 
   watch_finish();
   if (has_failed && !strstr(limpid_error, "block ("))
     say("; block (%u,%u,%u)", here.block.x, here.block.y, here.block.z);
+  if (has_failed) translate();
   return has_failed;
 }
 

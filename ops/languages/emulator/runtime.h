@@ -25,7 +25,7 @@ struct Thread {
   uint64_t accesses;
 };
 
-constexpr size_t dynamic_limit = 227 << 10, stack_size = 128 << 10, guard_size = 16 << 10;
+constexpr size_t dynamic_limit = 227 << 10, stack_size = 128 << 10;
 
 extern Thread* threads;
 extern Thread* running;  // nullptr between threads

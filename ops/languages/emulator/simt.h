@@ -47,6 +47,7 @@ struct Kernel {
   uint32_t count;
   uint32_t shared_limit;  // bytes of shared memory that a block may declare
   const char* barrier;    // what the language calls a barrier of a block
+  const char* const* words;  // pairs, and nullptr: a word or two of CUDA's, what the language says instead
 };
 
 // What `limpid_launch` of a library does: see Program.library in base.py.
