@@ -1,4 +1,4 @@
-"""Metal Shading Language, run on the CPU (`ops.languages.emulator`): what a text declares, and what its kernel is given.
+"""Metal Shading Language, run on the CPU (`ops.languages.emulator`): what a text declares, and what its kernel gets.
 
     #include <metal_stdlib>
     using namespace metal;
@@ -79,7 +79,6 @@ _OTHER_NAMES = {
     "dispatch_simdgroups_per_threadgroup": "simdgroups_per_threadgroup",
 }
 _WORDS = {  # what messages of the emulator say, and what Metal calls it
-    "dynamic shared memory": "the [[threadgroup(0)]] memory",
     "shared memory": "threadgroup memory",
     "global memory": "device memory",
     "blocks": "threadgroups",
@@ -103,6 +102,7 @@ class _Argument:
     given: str
     parameters: tuple[Parameter, ...] = ()
     before: str = ""
+    shared: str = ""  # its name, where it is threadgroup memory
 
 
 class Metal(Language):
@@ -131,12 +131,13 @@ class Metal(Language):
     def compile(self, source: Source, parameters: Sequence[Parameter]) -> Program:
         if self.options.device not in (None, "emulate"):
             raise SourceError(
-                f"device={self.options.device!r}: running Metal on a GPU is not built here, for it has never been tried "
-                'on one; leave device= out, or say "emulate", to run it on the CPU'
+                f"device={self.options.device!r}: Metal on a GPU is not built here, as it was never tried on one; "
+                'leave device= out, or say "emulate", to run it on the CPU'
             )
         arguments = self._arguments(source)
         before = "".join(each.before for each in arguments)
         given = ", ".join(each.given for each in arguments)
+        shared = next((each.shared for each in arguments if each.shared), "shared=")
         return emulator.program(
             "metal.h",
             _translated(source),
@@ -144,7 +145,7 @@ class Metal(Language):
             f"{before}{source.entry}({given});",
             _SHARED,
             "threadgroup_barrier()",
-            _WORDS,
+            {"dynamic shared memory": shared} | _WORDS,
             (*_OPTIONS, *self.options.flags),
         )
 
@@ -217,7 +218,7 @@ class _Declared:
         kind = match and match[1].replace("threadgroup", "").strip()
         if not kind:
             raise self.complaint(f"{' '.join(self.piece.split())!r}: threadgroup memory is passed as a pointer")
-        return _Argument(f"reinterpret_cast<{kind}*>(limpid_dynamic)")
+        return _Argument(f"reinterpret_cast<{kind}*>(limpid_dynamic)", shared=re.findall(r"\w+", self.piece)[-1])
 
     def _reference(self, text: str, entry: str, at: int, words: list[str]) -> _Argument:
         if words[0:2] == ["constant", f"{entry}_args_t"]:

@@ -143,19 +143,27 @@ METAL_PREFIXES(simd, simt::all_lanes) METAL_PREFIXES(quad, quad())
 #undef METAL_PREFIX
 
 struct simd_vote {
-  ulong bits;
-  METAL explicit operator ulong() const { return bits; }
-  METAL bool all() const { return (bits & simt::live_lanes()) == simt::live_lanes(); }
-  METAL bool any() const { return bits != 0; }
+  uint set, came;
+  METAL explicit operator ulong() const { return set; }
+  METAL bool all() const { return set == came; }
+  METAL bool any() const { return set != 0; }
 };
-METAL simd_vote simd_ballot(bool p, SIMT_SITE) { return {simt::ballot(simt::all_lanes, p, "simd_ballot()", file, line)}; }
-METAL bool simd_any(bool p, SIMT_SITE) { return simt::ballot(simt::all_lanes, p, "simd_any()", file, line) != 0; }
-METAL bool simd_all(bool p, SIMT_SITE) { return simt::ballot(simt::all_lanes, !p, "simd_all()", file, line) == 0; }
-METAL simd_vote simd_active_threads_mask() { return {simt::live_lanes()}; }
-METAL bool simd_is_first() { return simt::lane() == static_cast<uint>(__builtin_ctz(simt::live_lanes())); }
+METAL simd_vote vote(bool p, const char* name, const char* file, int line) {
+  simd_vote result = {};
+  const uint64_t* all = simt::gather(simt::all_lanes, p, &result.came, name, file, line);
+  for (uint32_t i = 0; i < simt::warp_size; ++i) result.set |= static_cast<uint>((result.came >> i & 1) && all[i]) << i;
+  return result;
+}
+METAL uint first_lane(uint lanes) { return static_cast<uint>(__builtin_ctz(lanes)); }
+METAL simd_vote simd_ballot(bool p, SIMT_SITE) { return vote(p, "simd_ballot()", file, line); }
+METAL bool simd_any(bool p, SIMT_SITE) { return vote(p, "simd_any()", file, line).any(); }
+METAL bool simd_all(bool p, SIMT_SITE) { return vote(p, "simd_all()", file, line).all(); }
+METAL simd_vote simd_active_threads_mask(SIMT_SITE) { return vote(true, "simd_active_threads_mask()", file, line); }
+METAL bool simd_is_first(SIMT_SITE) { return simt::lane() == first_lane(vote(true, "simd_is_first()", file, line).came); }
 template <class T>
 METAL T simd_broadcast_first(T v, SIMT_SITE) {
-  return of_lane(simt::all_lanes, v, static_cast<uint>(__builtin_ctz(simt::live_lanes())), "simd_broadcast_first()", file, line);
+  const uint from = first_lane(vote(true, "simd_broadcast_first()", file, line).came);
+  return of_lane(simt::all_lanes, v, from, "simd_broadcast_first()", file, line);
 }
 
 template <class T>
@@ -173,7 +181,8 @@ METAL_ATOMIC(fetch_and, old & v) METAL_ATOMIC(fetch_or, old | v) METAL_ATOMIC(fe
 #undef METAL_ATOMIC
 template <class T>
 METAL void atomic_store_explicit(volatile atomic<T>* p, typename found<T>::type v, memory_order) {
-  simt::atomic(const_cast<T*>(&p->value), [v](T) { return v; });
+  simt::atomic_load(const_cast<T*>(&p->value), sizeof(T), false);
+  simt::atomic_store(const_cast<T*>(&p->value), sizeof(T), simt::bits_as<uint64_t>(static_cast<T>(v)));
 }
 template <class T>
 METAL T atomic_load_explicit(const volatile atomic<T>* p, memory_order) {

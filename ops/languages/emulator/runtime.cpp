@@ -388,8 +388,8 @@ const uint64_t* gather(uint32_t mask, uint64_t bits, uint32_t* came, const char*
 
 uint32_t live_lanes() { return live[running->linear / warp_size]; }
 
-uint64_t atomic_load(const void* address, uint32_t size) {
-  watch_atomic(address, size, __builtin_return_address(0));
+uint64_t atomic_load(const void* address, uint32_t size, bool reads) {
+  watch_atomic(address, size, __builtin_return_address(0), reads);
   uint64_t bits = 0;
   memcpy(&bits, address, size);
   return bits;
@@ -405,7 +405,7 @@ void watch_block() {}
 void watch_barrier() {}
 void watch_meeting(Thread*) {}
 void watch_pause() {}
-void watch_atomic(const void*, uint32_t, const void*) {}
+void watch_atomic(const void*, uint32_t, const void*, bool) {}
 void watch_fence() {}
 #endif
 

@@ -49,7 +49,7 @@ void watch_block();
 void watch_barrier();  // all threads of the block are there
 void watch_meeting(Thread* thread);
 void watch_pause();  // the thread that ran has stopped
-void watch_atomic(const void* address, uint32_t size, const void* pc);
+void watch_atomic(const void* address, uint32_t size, const void* pc, bool reads);
 void watch_fence();
 
 }  // namespace simt

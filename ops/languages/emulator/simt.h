@@ -69,7 +69,8 @@ SIMT_HIDDEN uint32_t live_lanes();  // of the running thread's warp
 
 // Memory without the instrumentation of a checked build: an atomic operation is a load and a store, as fibers take
 // turns only where they wait. A load counts as the whole operation in the search for races.
-SIMT_HIDDEN uint64_t atomic_load(const void* address, uint32_t size);
+// `reads` is false of one that stores only.
+SIMT_HIDDEN uint64_t atomic_load(const void* address, uint32_t size, bool reads = true);
 SIMT_HIDDEN void atomic_store(void* address, uint32_t size, uint64_t bits);
 SIMT_HIDDEN void fence();  // memory is seen by other blocks: from here on blocks may be in step by atomics
 

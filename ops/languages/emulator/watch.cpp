@@ -58,7 +58,7 @@ void* const* numbers;
 const Kernel* watched;
 Segment* segments;
 uint32_t segment_count, segment_room, block_number, epoch;
-bool fenced;
+bool fenced, storing;  // storing: the atomic operation that runs reads nothing
 Pending pending;
 Unwritten unwritten;
 uintptr_t base;
@@ -194,7 +194,7 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
       return m.segment && m.segment != now.segment && !(atomic && m.site & atomic_bit) && !in_order(m.segment, t, r.shared);
     };
     bool fresh = r.shared && (!c.write.segment || segments[c.write.segment].block != block_number);
-    if (fresh && (!write || atomic) && !unwritten.region) unwritten = {&r, &t, address, size, site};
+    if (fresh && (!write || (atomic && !storing)) && !unwritten.region) unwritten = {&r, &t, address, size, site};
     if (races(c.write)) {
       if (!write || atomic || c.write.site & atomic_bit || size > sizeof pending.bytes)
         race(r, address, size, c.write, true, t, now, write);
@@ -204,7 +204,8 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
     if (write) {
       if (races(c.read)) race(r, address, size, c.read, false, t, now, true);
       if (races(c.other)) race(r, address, size, c.other, false, t, now, true);
-      c.write = now;
+      const bool plain = c.write.segment == now.segment && !(c.write.site & atomic_bit);
+      if (!(atomic && plain)) c.write = now;  // its own plain write is what others may race with
     } else if (c.read.segment != now.segment) {
       (races(c.read) ? c.other : c.read) = now;
     }
@@ -296,8 +297,10 @@ void watch_meeting(Thread* t) { t->segment = 0; }
 void watch_pause() { settle(); }
 void watch_fence() { fenced = true; }
 
-void watch_atomic(const void* address, uint32_t size, const void* pc) {
+void watch_atomic(const void* address, uint32_t size, const void* pc, bool reads) {
+  storing = !reads;
   access(reinterpret_cast<uintptr_t>(address), size, true, site_of(pc) | atomic_bit);
+  storing = false;
 }
 
 }  // namespace simt

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from debug.tolerance import KERNEL, relative_error
 from ops.languages import nvrtc
 from ops.languages.base import LaunchError, SourceError
 from ops.languages.cuda import Cuda
 from ops.spec import DTYPES, FLOATS
+from ops.tolerance import KERNEL, relative_error
 
 from .cuda_kernels import CASES, RMS_NORM, SILU_MUL, Case, Twin
 from .emulation import compiled, parsed, run, source
