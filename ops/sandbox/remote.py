@@ -139,23 +139,22 @@ def serve(end: int) -> None:
     """The child's life."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     programs: list[tuple[tuple[Parameter, ...], Program]] = []
-    with Connection(end) as connection:
+    with Connection(end) as connection, contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
         connection.send("ready")
-        with contextlib.suppress(EOFError, ConnectionError):
-            while True:
-                what, *request = connection.recv()
-                try:
-                    if what == "compile":
-                        programs.append(_compiled(*request))
-                        answer: Any = None
-                    else:
-                        answer = _run(*programs[request[0]], *request[1:])
-                except (LaunchError, SourceError) as error:
-                    connection.send((type(error), str(error)))
-                except Exception as error:
-                    connection.send((LaunchError, f"{type(error).__name__}: {error}"))
+        while True:
+            what, *request = connection.recv()
+            try:
+                if what == "compile":
+                    programs.append(_compiled(*request))
+                    answer: Any = None
                 else:
-                    connection.send((None, answer))
+                    answer = _run(*programs[request[0]], *request[1:])
+            except (LaunchError, SourceError) as error:
+                connection.send((type(error), str(error)))
+            except Exception as error:
+                connection.send((LaunchError, f"{type(error).__name__}: {error}"))
+            else:
+                connection.send((None, answer))
 
 
 def _compiled(key: _Key) -> tuple[tuple[Parameter, ...], Program]:
