@@ -48,7 +48,7 @@ class _Ready:
     """
 
     def __init__(self, compiled: _Compiled, binding: Binding, shape: Shape, call: Call, outputs: Sequence[Any]):
-        self.program, self._shape = compiled.program, shape
+        self.compiled, self.program, self._shape = compiled, compiled.program, shape
         values = binding.values(compiled.source.entry, compiled.parameters, call, outputs)
         named = [*zip(compiled.parameters, values, strict=True)]
         self._picks: list[Callable[[tuple, Any], Any]] = [_pick(binding, each.name, value) for each, value in named]
@@ -133,8 +133,9 @@ class SourceKernel(Kernel):
         self.trusted = not (language.untrusted and language.options.sandbox)
         if not self.trusted:
             from .. import sandbox
+            from ..sandbox import remote
 
-            sandbox.start()  # while the compiler works
+            (remote if language.remote else sandbox).start()  # while the compiler works
         self._compiled: dict[tuple, _Compiled] = {}
         self._ready: dict[tuple, _Ready] = {}
         self._lock = threading.Lock()
@@ -164,14 +165,20 @@ class SourceKernel(Kernel):
             self.launch_here(call, outputs)
             return
         ready = self._prepared(call, outputs)
-        if ready.program.library is None:
+        if ready.program.library is None and not self.language.remote:
             self.launch_here(call, outputs)
             return
         from .. import sandbox
+        from ..sandbox import remote
 
         values, launch = ready.values(call, outputs), ready.launch(call)
-        inputs = [name for name in self.binding.tensors if name not in (*self.binding.outputs, *call.op.writes)]
-        sandbox.run(ready.program, values, launch, sandbox.SECONDS, inputs=inputs, outputs=self.binding.outputs)
+        outs, seconds = self.binding.outputs, sandbox.SECONDS
+        inputs = [name for name in self.binding.tensors if name not in (*outs, *call.op.writes)]
+        if self.language.remote:
+            what = self.language, ready.compiled.source, ready.compiled.parameters
+            remote.run(*what, values, launch, seconds, inputs=inputs, outputs=outs)
+        else:
+            sandbox.run(ready.program, values, launch, seconds, inputs=inputs, outputs=outs)
 
     def launch_here(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         """Compute in this process, trusted or not."""

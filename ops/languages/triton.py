@@ -40,7 +40,11 @@ def kernel(op: Op, function: Any, shape: Shape, dims: Mapping[str, Any], options
 
 
 class TritonKernel(Kernel):
-    """A Triton function in the place of an op's kernel. What the op does not change it may not write."""
+    """A Triton function in the place of an op's kernel. What the op does not change it may not write.
+
+    It computes interpreted; what Triton's compiler refuses for a GPU, once for all arguments of the same types, is an
+    error all the same.
+    """
 
     emulated = True
 
@@ -65,6 +69,7 @@ class TritonKernel(Kernel):
                 value.flags.writeable = each.name in changes
             values.append(value)
         self.program.run(values, self.shape.of(call))
+        self.program.check()
 
     def sources(self) -> dict[str, str]:
         """The Python source, and what Triton's compiler makes of it for the types of the last call."""

@@ -68,6 +68,7 @@ class TritonProgram(Program):
         self.device = "interpreted"
         self._names = tuple(inspect.signature(function).parameters)
         self._ran: tuple[dict[str, str], dict[str, Any]] | None = None
+        self._compiles: set[tuple[str, ...]] = set()  # for arguments of which types
         self._interpreted = _interpreted(function)
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
@@ -96,6 +97,13 @@ class TritonProgram(Program):
     @property
     def ran(self) -> bool:
         return self._ran is not None
+
+    def check(self) -> None:
+        """Compile for the types of the last run, unless that was done. Raises SourceError."""
+        if self._ran is None or (types := tuple(self._ran[0].values())) in self._compiles:
+            return
+        self.compiled(*self._ran)
+        self._compiles.add(types)
 
     def _told(self, error: BaseException) -> str:
         """The first cause, on the innermost line of the user's file."""

@@ -7,6 +7,7 @@ import pytest
 
 import llm
 import ops
+from ops import SwapRefused, sandbox
 from ops.languages.base import SourceError
 from ops.languages.kernel import SourceKernel
 
@@ -91,3 +92,38 @@ def test_a_dtype_that_is_lacking_is_named(rng):
     with pytest.raises(SourceError, match="wgsl has no bfloat16; it has float32, float16, int32"):
         check(ops.silu, random(rng, (3, 7), "bfloat16"))
     assert kept.hits and np.isfinite(kept.seconds)
+
+
+def test_a_kernel_that_never_ends(monkeypatch):
+    """It is stopped in its own process, and the next kernel is none the worse."""
+    needs("opencl")
+    monkeypatch.setattr(sandbox, "SECONDS", 3.0)
+    with pytest.raises(SwapRefused, match="the kernel did not end within 3 s, and was stopped"):
+
+        @ops.silu.swap("opencl", grid=1, where="dtype=float32")
+        def endless():
+            return "volatile int i = 0; while (i < 10) { i = i & 7; } out[0] = i;"
+
+    @ops.silu.swap("opencl", grid=lambda x: x.size, where="dtype=float32")
+    def right():
+        return "int i = get_global_id(0); out[i] = x[i] / (1 + exp(-x[i]));"
+
+    assert right.checked
+
+
+def test_a_kernel_that_crashes():
+    needs("opencl")
+    with pytest.raises(SwapRefused, match="the kernel ended its process by SIG"):
+
+        @ops.silu.swap("opencl", grid=1, where="dtype=float32")
+        def far():
+            return "out[1000000000] = 1;"
+
+
+def test_a_kernel_that_writes_what_it_may_only_read():
+    needs("opencl")
+    with pytest.raises(SwapRefused, match="the kernel writes x, which is read only"):
+
+        @ops.silu.swap("opencl", grid=1, where="dtype=float32")
+        def changes():
+            return "__kernel void changes(__global float* x, __global float* out) { out[0] = 1; x[0] = 2; }"

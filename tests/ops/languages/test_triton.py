@@ -280,6 +280,12 @@ def test_a_triton_kernel_that_is_wrong(restored):
     def no_output(x):
         tl.load(x)
 
+    def only_interpreted(x, out):
+        value = tl.load(x + tl.program_id(0))
+        tl.store(out + tl.program_id(0), sum([value / (1 + tl.exp(-value))]))
+
+    with pytest.raises(SourceError, match=r"error: NameError.*sum is not defined.*\n    tl.store"):
+        ops.silu.swap("triton", grid=lambda x: x.size, where="dtype=float32")(only_interpreted)
     cases = {
         "triton asks for grid=": (copy, {"grid": None}),
         r"silu has no BLOCK; .*dims=\{'BLOCK': ...\} gives it a meaning": (copy, {}),
