@@ -22,20 +22,12 @@ from tvm.support import cc
 from . import store, target
 from .digest import source_digest
 from .errors import KernelError
+from .listing import Text
 from .progress import tracked
 from .spec import DTYPES, Dim, Spec
 
 if TYPE_CHECKING:
     from .op import Op
-
-
-class Text(str):
-    """Source text whose repr is the text itself, so that a prompt or a notebook shows it."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 @dataclass(frozen=True)
@@ -243,7 +235,7 @@ def prepare(requests: Iterable[Request], progress: bool = True) -> int:
 
 def tir(request: Request) -> Text:
     """TVMScript of the op's block definition."""
-    return Text(request.blocks().script())
+    return Text(request.blocks().script(), "tvmscript")
 
 
 def source(request: Request, language: str) -> Text:

@@ -40,7 +40,7 @@ def eject(op: Op, language: str, args: tuple, constants: dict[str, Any], path: s
     """See `Op.eject`."""
     if language not in _WRITERS:
         raise OpError(f"{op.name} ejects to {', '.join(map(repr, _WRITERS))}, not to {language!r}")
-    text = build.Text(_WRITERS[language](op, op._request(args, constants)))
+    text = build.Text(_WRITERS[language](op, op._request(args, constants)), "python")
     if path is not None:
         _write(Path(path), text)
     return text
