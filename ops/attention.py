@@ -111,7 +111,7 @@ def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
             with T.sblock("top"):
                 vi, vh, vp = T.axis.remap("SSR", [i, h, p])
                 with T.init():
-                    top[vi, vh] = T.float32(LOWEST)
+                    top[vi, vh] = T.min_value("float32")
                 top[vi, vh] = T.max(top[vi, vh], score[vi, vh, vp])
         for i, h, p in T.grid(n, heads, t):
             with T.sblock("weight"):
