@@ -79,15 +79,28 @@ class Request:
         if self.op._kernel is None:
             raise KernelError(f"{self.op.name} has no kernel; register one with @{self.op.name}.kernel")
         function = self._build(self.op._kernel)
-        return function.with_attr("has_template", True) if self.op._templates else function
+        return function.with_attr("has_template", True) if "cpu" in self.op._templates else function
 
     def scheduled(self) -> Any:
         """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
-        from .schedule import cpu
+        from .schedule import cpu, gpu
 
-        template = self.op._templates.get("cpu")
+        device = target.gpu()
+        template = self.op._templates.get("cpu" if device is None else "gpu")
+        if device is not None:
+            self._check_dtypes(device)
         function = self._build(template) if template else None
-        return cpu.schedule(self.blocks(), self._rows()) if function is None else function
+        if function is not None:
+            return function
+        return cpu.schedule(self.blocks(), self._rows()) if device is None else gpu.schedule(self.blocks(), device)
+
+    def _check_dtypes(self, device: target.Gpu) -> None:
+        """Raise KernelError for an argument, or an output, that the GPU's language cannot hold."""
+        outputs = self.op._outputs(self.specs, self.constants)
+        try:
+            device.check(each.dtype for each in (*self.specs, *outputs) if isinstance(each, Spec))
+        except KernelError as error:
+            raise KernelError(f"{self.op.name}({self.arguments}): {error}") from None
 
     def _rows(self) -> int:
         """The least size of the first open dimension."""
