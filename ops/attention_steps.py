@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from .errors import DTypeError, ShapeError
 from .op import like, op
-from .schedule.flash import LOWEST, capped, seen
+from .schedule.flash import capped, seen
 from .spec import FLOATS
 from .tensor import Tensor
 from .tir import exp

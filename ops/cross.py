@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import tvm
 from tvm.tirx.build import split_host_device_mods
 
-from . import store, target
+from . import build, store, target
 from .errors import KernelError
 from .languages import nvrtc
+from .schedule import gpu as schedule
 from .target import Gpu
 
 if TYPE_CHECKING:
@@ -39,26 +40,43 @@ class Function:
 
 @dataclass(frozen=True)
 class Lowered:
-    """TIR for the host and for the device, the device's source text, and what launches of its functions take."""
+    """TIR for the host and for the device, the device's source text, and what launches of its functions take.
+
+    `texts` has the text that each function stands in: for WGSL one of its own, else all of them in one.
+    """
 
     gpu: Gpu
     host: tvm.IRModule
-    text: str
+    device: tvm.IRModule
+    texts: Mapping[str, str]
     functions: Mapping[str, Function]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "\n".join(dict.fromkeys(self.texts.values()))
 
 
 def lower(primfunc: Any, gpu: Gpu) -> Lowered:
     """What becomes of a scheduled function. Compiles no source text, and needs no GPU."""
     module = tvm.tirx.transform.BindTarget(gpu.target)(tvm.IRModule.from_expr(primfunc))
-    pipeline, finish_host, finish_device = tvm.tirx.get_default_tir_pipeline(gpu.target)
+    pipeline, _, finish_device = tvm.tirx.get_default_tir_pipeline(gpu.target)
     host, devices = split_host_device_mods(pipeline(module))
     if not devices:
         raise KernelError(f"{primfunc.attrs['global_symbol']} has nothing to run on a GPU")
     [(device_target, device)] = devices.items()
     device = finish_device()(device)
     functions = {name.name_hint: _function(each) for name, each in device.functions.items()}
-    text = tvm.get_global_func(f"target.build.{gpu.kind}")(device, device_target).inspect_source()
-    return Lowered(gpu, host, text, functions)
+    apart = [tvm.IRModule({name: each}) for name, each in device.functions.items()] if gpu.apart else [device]
+    texts = {
+        name.name_hint: text for each in apart for text in [text_of(each, device_target)] for name in each.functions
+    }
+    return Lowered(gpu, host, device, texts, functions)
+
+
+def text_of(device: tvm.IRModule, device_target: Any) -> str:
+    """Source text of functions for a device."""
+    return tvm.get_global_func(f"target.build.{device_target.kind.name}")(device, device_target).inspect_source()
 
 
 def _function(primfunc: Any) -> Function:
@@ -98,29 +116,49 @@ class Built:
         return cls(**kept | {"functions": functions, "cubin": base64.b64decode(kept["cubin"])})
 
 
-def build(request: Request) -> Built:
+def lowered(request: Request) -> Lowered:
+    """An op's kernel for the GPU of `building_for_gpu`, scheduled and lowered under the op's name."""
+    with build.named(request):
+        return lower(request.scheduled().with_attr("global_symbol", request.op.name), _chosen())
+
+
+def check(request: Request) -> Any:
+    """What the op checks of its arguments' values, as a function on tensors of the CPU; None where there is nothing."""
+    found = schedule.checks(request.blocks())
+    return None if found is None else build.compiled(found, f"{request.op.name}_check")
+
+
+def _chosen() -> Gpu:
+    gpu = target.gpu()
+    if gpu is None:
+        raise KernelError("no GPU is chosen: do this inside of target.building_for_gpu(...)")
+    return gpu
+
+
+def built(request: Request) -> Built:
     """A kernel for the GPU of `building_for_gpu`: from the disk cache, or compiled as far as this machine can.
 
     CUDA becomes machine code, by NVRTC; the other languages stay text, which their drivers compile.
     """
-    gpu = target.gpu()
-    if gpu is None:
-        raise KernelError("no GPU is chosen: call this inside of target.building_for_gpu(...)")
-    key = request.key
+    gpu, key = _chosen(), request.key
     with store.kernels.locked(key):
         path, _ = store.kernels.find(key)
         if path is not None:
             return Built.load(path)
-        made = _built(lower(request.scheduled(), gpu))
+        made = _built(lowered(request))
         what = f"{request.op.name}({request.arguments}) for {gpu}"
         store.kernels.put(key, what, lambda folder: made.save(folder / "kernel.gpu"))
     return made
 
 
-def _built(lowered: Lowered) -> Built:
-    gpu = lowered.gpu
-    compiled = nvrtc.compile(lowered.text, gpu.arch) if gpu.language == "cuda" else nvrtc.Compiled("", b"", "")
-    _, finish_host, _ = tvm.tirx.get_default_tir_pipeline(gpu.target)
-    host = tvm.get_global_func("target.build.llvm")(finish_host()(lowered.host), gpu.target.host)
-    text = host.inspect_source("ll")
-    return Built(gpu.language, gpu.arch, lowered.text, dict(lowered.functions), text, compiled.ptx, compiled.cubin)
+def _built(kernel: Lowered) -> Built:
+    gpu = kernel.gpu
+    compiled = nvrtc.compile(kernel.text, gpu.arch) if gpu.language == "cuda" else nvrtc.Compiled("", b"", "")
+    host = host_code(kernel.host, gpu).inspect_source("ll")
+    return Built(gpu.language, gpu.arch, kernel.text, dict(kernel.functions), host, compiled.ptx, compiled.cubin)
+
+
+def host_code(host: tvm.IRModule, gpu: Gpu) -> Any:
+    """The host's functions as a module of machine code for this machine."""
+    _, finish, _ = tvm.tirx.get_default_tir_pipeline(gpu.target)
+    return tvm.get_global_func("target.build.llvm")(finish()(host), gpu.target.host)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
 from . import build, intercept, memory, threads
+from . import source as generated
 from .call import Call, Kernel, Use, as_tuple, kind_of, raw, signature_line, type_name, uses_lock
 from .errors import KernelError, OpError, ShapeError, announce
 from .scope import active, current, pass_call
@@ -344,8 +345,8 @@ class Op(Generic[P, R]):
         return build.tir(self._request(args, constants))
 
     def source(self, language: str, *args: Any, **constants: Any) -> build.Text:
-        """Generated code for these arguments' shapes: "llvm", "asm" or "c"."""
-        return build.source(self._request(args, constants), language)
+        """Generated code for these arguments' shapes, in one of `ops.source.LANGUAGES`; needs no GPU."""
+        return generated.source(self._request(args, constants), language)
 
     def _request(self, args: tuple, constants: dict[str, Any]) -> build.Request:
         return self.plan(*self._bound(args, constants, also=Spec)).request()

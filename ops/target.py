@@ -162,7 +162,7 @@ class Gpu:
 
     `warp` threads run in step and read each other's registers; 1 where nothing is known of them. A block has up to
     `threads` threads and `shared` bytes of their own. `lacks` names dtypes that kernels cannot hold, each with what to
-    do instead; `narrow` says that indices are 32-bit and `double` that there is float64.
+    do instead; `apart` says that each function needs a text of its own, and `double` that there is float64.
     """
 
     language: str
@@ -172,7 +172,7 @@ class Gpu:
     threads: int = 256
     shared: int = 16 * 2**10
     lacks: dict[str, str] = field(default_factory=dict, hash=False)
-    narrow: bool = False
+    apart: bool = False
     double: bool = False
 
     @functools.cached_property
@@ -209,7 +209,7 @@ GPUS: dict[str, Gpu] = {
         Gpu(
             "wgsl",
             "webgpu",
-            narrow=True,
+            apart=True,
             lacks={
                 "bfloat16": "convert it to float16 or float32, by ops.cast or when the checkpoint is loaded",
                 "int64": "give int32",

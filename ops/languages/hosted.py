@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tvm
@@ -20,9 +20,11 @@ from tvm import ir, tirx
 
 from .. import cross
 from ..errors import KernelError
-from ..schedule import gpu as schedule
 from ..spec import DTYPES
 from ..target import Gpu
+
+if TYPE_CHECKING:
+    from ..op import Op
 
 Launcher = Callable[[str, list[Any], tuple[int, int, int], tuple[int, int, int], str], None]
 ALIGNMENT = 16  # bytes: arguments of GPU kernels begin at multiples of them, as a device's own memory does
@@ -39,9 +41,28 @@ def build(primfunc: Any, gpu: Gpu, launch: Launcher) -> Callable[..., None]:
 
     `primfunc` is scheduled for `gpu`. `launch(name, args, grid, block, source)` is called for each function of the
     device, in order: args are NumPy arrays over the memory itself, flat, bfloat16 as uint16, and numbers; grid counts
-    blocks and block threads; source is the whole text. What it raises is raised by the call.
+    blocks and block threads; source is the text that the function stands in. What it raises is raised by the call.
     """
     return run(cross.lower(primfunc, gpu), launch)
+
+
+def of(
+    op: Op, args: tuple, constants: dict[str, Any], launcher: Callable[[cross.Lowered], Launcher]
+) -> Callable[..., None]:
+    """The kernel of an op for the GPU of `target.building_for_gpu`; it serves all calls of one range of sizes.
+
+    What the op checks of its arguments' values is checked on the CPU, in front.
+    """
+    request = op._request(args, constants)
+    lowered = cross.lowered(request)
+    kernel, check = run(lowered, launcher(lowered)), cross.check(request)
+
+    def call(*given: Any) -> None:
+        if check is not None:
+            check(*given)
+        kernel(*given)
+
+    return call
 
 
 def run(lowered: cross.Lowered, launch: Launcher) -> Callable[..., None]:
@@ -49,11 +70,9 @@ def run(lowered: cross.Lowered, launch: Launcher) -> Callable[..., None]:
     names = {name: f"limpid.hosted.{next(_numbers)}.{name}" for name in lowered.functions}
     for name, registered in names.items():
         tvm_ffi.register_global_func(registered, _launching(name, lowered, launch))
-    [(_, host)] = lowered.host.functions.items()
-    [(symbol, _)] = lowered.host.functions.items()
+    [(symbol, host)] = lowered.host.functions.items()
     module = tvm.IRModule({symbol: host.with_body(_on_cpu(host.body, names))})
-    _, finish_host, _ = tvm.tirx.get_default_tir_pipeline(lowered.gpu.target)
-    library = tvm.get_global_func("target.build.llvm")(finish_host()(module), lowered.gpu.target.host)
+    library = cross.host_code(module, lowered.gpu)
     function = library[str(host.attrs["global_symbol"]).removeprefix("__tvm_ffi_")]
 
     def call(*args: Any) -> None:
@@ -63,11 +82,6 @@ def run(lowered: cross.Lowered, launch: Launcher) -> Callable[..., None]:
 
     weakref.finalize(call, _forget, tuple(names.values()))
     return call
-
-
-def checked(blocks: Any, gpu: Gpu) -> tuple[Any, Any]:
-    """The scheduled kernel of a block definition, and its checks as a function for the CPU or None."""
-    return schedule.schedule(blocks, gpu), schedule.checks(blocks)
 
 
 def _forget(names: tuple[str, ...]) -> None:
@@ -83,7 +97,9 @@ def _check(argument: Any) -> None:
     if tensor.data_ptr() % ALIGNMENT:
         raise KernelError(f"an argument begins at an address that is no multiple of {ALIGNMENT} bytes: copy it")
     if int(np.prod(tensor.shape)) > MOST:
-        raise KernelError(f"an argument of shape {list(tensor.shape)} has more than {MOST} elements, too many for a GPU")
+        raise KernelError(
+            f"an argument of shape {list(tensor.shape)} has more than {MOST} elements, too many for a GPU"
+        )
 
 
 def _launching(name: str, lowered: cross.Lowered, launch: Launcher) -> Callable[..., int]:
@@ -104,7 +120,8 @@ def _launching(name: str, lowered: cross.Lowered, launch: Launcher) -> Callable[
             sizes[kind]["xyz".index(axis)] = int(size)
         grid, block = sizes["blockIdx"], sizes["threadIdx"]
         if min(grid) > 0:
-            launch(name, args, (grid[0], grid[1], grid[2]), (block[0], block[1], block[2]), lowered.text)
+            text = lowered.texts[name]
+            launch(name, args, (grid[0], grid[1], grid[2]), (block[0], block[1], block[2]), text)
         return 0
 
     return called

@@ -31,7 +31,7 @@ VECTOR = 4  # elements that a thread loads at once; arguments of GPU kernels beg
 def schedule(function: tirx.PrimFunc, gpu: Gpu) -> tirx.PrimFunc:
     """A PrimFunc of blocks, every loop of which is bound to the GPU's blocks and threads or runs in a thread."""
     name = function.attrs["global_symbol"]
-    function = _narrow(function)
+    function = narrow(function)
     nests = [_bind_by_hand(each, gpu) for each in _nests(function) if not _is_check(each)]
     sch = s_tir.Schedule(_with_nests(function, nests))
     _inline(sch)
@@ -45,8 +45,8 @@ def checks(function: tirx.PrimFunc) -> tirx.PrimFunc | None:
     return _with_nests(function, [each for each in _nests(function) if _is_check(each)])
 
 
-def _narrow(function: tirx.PrimFunc) -> tirx.PrimFunc:
-    """With 32-bit indices, which GPUs compute fast, and TVM's rules see through: arguments hold less than 2**31 elements.
+def narrow(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """With 32-bit indices, which GPUs compute fast and TVM's rules see through: arguments are below 2**31 elements.
 
     A function of int64 tensors stays as it is; its rules are element-wise.
     """
@@ -159,7 +159,9 @@ def _inline(sch: s_tir.Schedule) -> None:
 
 def _once(block: _Block, consumer: _Block) -> bool:
     """Whether a reduction visits each element of the block's once."""
-    return not consumer.has_own_order and _same(block.shape, [*consumer.shape, *[each.dom.extent for each in consumer.reduced]])
+    return not consumer.has_own_order and _same(
+        block.shape, [*consumer.shape, *[each.dom.extent for each in consumer.reduced]]
+    )
 
 
 def _groups(sch: s_tir.Schedule) -> list[list[_Block]]:
@@ -224,7 +226,7 @@ def _element_wise(sch: s_tir.Schedule, block: _Block, gpu: Gpu) -> None:
 def _vectors(block: _Block, gpu: Gpu) -> bool:
     """Whether neighbours can be loaded and stored at once: all that is read is read along memory, or not there."""
     last = block.spatial[-1] if block.spatial else None
-    if gpu.narrow or last is None or not isinstance(last.dom.extent, tirx.IntImm) or int(last.dom.extent) % VECTOR:
+    if gpu.apart or last is None or not isinstance(last.dom.extent, tirx.IntImm) or int(last.dom.extent) % VECTOR:
         return False
     if not block.node.body.indices[-1].same_as(last.var):
         return False
@@ -253,7 +255,10 @@ def _is_along(block: _Block, buffer: Any) -> bool:
 def _bind_elements(sch: s_tir.Schedule, loops: Sequence[Any], gpu: Gpu) -> tuple[Any, Any]:
     """Share the elements of a loop nest out to threads."""
     fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
-    block, thread = sch.split(fused, [None, min(_THREADS, gpu.threads)])
+    count, threads = sch.get(fused).extent, min(_THREADS, gpu.threads)
+    if isinstance(count, tirx.IntImm):  # one element has no index that could keep the other threads out
+        threads = max(1, min(threads, int(count)))
+    block, thread = sch.split(fused, [None, threads])
     sch.bind(block, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
     return block, thread
