@@ -13,7 +13,7 @@ from . import packed, tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
 from .quantize import FORMATS, round_activations
-from .schedule import gemm, quantized
+from .schedule import gemm, gpu_matmul, quantized
 from .spec import FLOATS, Dim, Spec
 from .tensor import Tensor
 
@@ -92,6 +92,23 @@ def _(x, weight, bias, out):
             gemm.emit(gemm.Product(X, W, Y, n, low, high, add_bias))
         else:
             quantized.emit(quantized.Product(X, W, Y, n, low, high, weight.shape[0], weight.format, add_bias))
+    return builder.get()
+
+
+@linear.template("gpu")
+def _(x, weight, bias, out):
+    """Tiles or warps; None for a packed weight, whose blocks the GPU's rules take as they are."""
+    if weight.format is not None or weight.shape[0] == 0:
+        return None
+    size = x.shape[0]
+    low, high = (size.low, size.high) if isinstance(size, Dim) else (size, size)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        X, W, B, Y = _arguments(x, weight, bias, out)
+
+        def add_bias(_: Any, row: Any, value: Any) -> Any:
+            return value if B is None else value + tir.f32(B[row])
+
+        gpu_matmul.emit(gemm.Product(X, W, Y, X.shape[0], low, high, add_bias))
     return builder.get()
 
 
