@@ -186,6 +186,14 @@ def _(q, k, v, positions, sinks, out, **constants):
     return builder.get()
 
 
+@attention.template("check")
+def _(q, k, v, positions, sinks, out, **constants):
+    """For the CPU, in front of a GPU's kernel."""
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        _problem(q, k, v, positions, sinks, out, constants).check_positions()
+    return builder.get()
+
+
 @attention.template("gpu")
 def _(q, k, v, positions, sinks, out, **constants):
     with IRBuilder() as builder, B.prim_func(s_tir=True):

@@ -83,7 +83,7 @@ class Request:
         """The op's block definition, unscheduled and without regard to a target."""
         if self.op._kernel is None:
             raise KernelError(f"{self.op.name} has no kernel; register one with @{self.op.name}.kernel")
-        function = self._build(self.op._kernel)
+        function = self.build(self.op._kernel)
         return function.with_attr("has_template", True) if "cpu" in self.op._templates else function
 
     def scheduled(self) -> Any:
@@ -94,7 +94,7 @@ class Request:
         template = self.op._templates.get("cpu" if device is None else "gpu")
         if device is not None:
             self._check_dtypes(device)
-        function = self._build(template) if template else None
+        function = self.build(template) if template else None
         if function is not None:
             return function if device is None else gpu.narrow(function)
         return cpu.schedule(self.blocks(), self._rows()) if device is None else gpu.schedule(self.blocks(), device)
@@ -111,7 +111,8 @@ class Request:
         sizes = [spec.shape[0] for spec in self.specs if isinstance(spec, Spec) and spec.shape]
         return next((size.low for size in sizes if isinstance(size, Dim)), 1)
 
-    def _build(self, builder: Callable) -> Any:
+    def build(self, builder: Callable) -> Any:
+        """What a builder of the op makes of the specs; None where it does not apply."""
         missing = (None,) * (len(self.op.parameters) - len(self.specs))
         outputs = self.outputs
         primfunc = builder(*self.specs, *missing, *outputs, **self.constants)

@@ -126,7 +126,8 @@ def lowered(request: Request) -> Lowered:
 
 def check(request: Request) -> Any:
     """What the op checks of its arguments' values, as a function on tensors of the CPU; None where there is nothing."""
-    found = schedule.checks(request.blocks())
+    template = request.op._templates.get("check")
+    found = schedule.checks(request.blocks()) if template is None else request.build(template)
     return None if found is None else build.compiled(found, f"{request.op.name}_check")
 
 

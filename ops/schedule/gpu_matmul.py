@@ -1,7 +1,7 @@
 """Products x @ weight.T on a GPU: tiles in a thread block's own memory for many tokens, a row of warps for few.
 
-`tiles`: a thread block computes TILE tokens by TILE rows. It goes along k in steps; of each step it copies what it needs
-of x and of the weight, as float32 and with zeros past their ends, and each thread adds up 4 by 4 sums in registers.
+`tiles`: a thread block computes TILE tokens by TILE rows. It goes along k in steps; it copies what a step needs of x
+and of the weight, as float32 and with zeros past their ends, and each thread adds up 4 by 4 sums in registers.
 
 `warps`: 32 threads compute one row of the weight for a few tokens. They read the row side by side, add up a part each,
 and put the parts together.
@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from .. import tir
+from .. import packed, tir
 from .gemm import Product
 
 TILE, STEP, PER_THREAD = 64, 16, 4
@@ -99,6 +99,30 @@ def warps(p: Product) -> None:
             token = token_block * few + t
             with T.If(tirx.And(tirx.And(lane < 1, row < rows), token < p.n)), T.Then():
                 T.buffer_store(p.y, p.epilogue(token, row, totals[t]).astype(str(p.y.dtype)), [token, row])
+
+
+def packed_product(p: Product, weight: packed.Weight) -> None:
+    """Blocks for a packed weight, of which `gpu.schedule` makes kernels: the int8 activations, then a thread a sum.
+
+    A group's products are added exactly, and the groups in one order.
+    """
+    form, k = weight.form, weight.inputs
+    codes, scales, sums = packed.quantized(p.x, p.n, k, form)
+    with tir.block("product", (p.n, weight.rows)) as (token, row):
+        total = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        dot = T.sblock_alloc_buffer((1,), "int32", scope="local")
+        T.buffer_store(total, tir.f32(0.0), [0])
+        with T.serial(weight.groups) as group:
+            T.buffer_store(dot, tirx.const(0, "int32"), [0])
+            with T.serial(tirx.min(k - group * form.group, form.group)) as i:
+                column = group * form.group + i
+                product = codes[token, column].astype("int32") * weight.level(row, column)
+                T.buffer_store(dot, dot[0] + product, [0])
+            value = dot[0].astype("float32") * weight.scale(row, group)
+            if form.minimum:
+                value = value + sums[token, group].astype("float32") * weight.minimum(row, group)
+            T.buffer_store(total, total[0] + value * scales[token, group], [0])
+        T.buffer_store(p.y, p.epilogue(token, row, total[0]).astype(str(p.y.dtype)), [token, row])
 
 
 def together(part: Any, thread: Any) -> Any:
