@@ -3,6 +3,8 @@
 `tiles`: a thread block computes TILE tokens by TILE rows. It goes along k in steps; it copies what a step needs of x
 and of the weight, as float32 and with zeros past their ends, and each thread adds up 4 by 4 sums in registers.
 
+`tensor_cores`: the same, of 16-bit x and weight on an NVIDIA GPU, whose fragments of 16 by 16 warps multiply at once.
+
 `warps`: 32 threads compute one row of the weight for a few tokens. They read the row side by side, add up a part each,
 and put the parts together.
 
@@ -17,18 +19,23 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from .. import packed, tir
+from .. import packed, target, tir
 from .gemm import Product
 
 TILE, STEP, PER_THREAD = 64, 16, 4
+FRAGMENT = 16  # of tensor cores: tokens, rows and k of one
+_SHAPE, _AREA = (FRAGMENT,) * 3, FRAGMENT * FRAGMENT
 _SIDE = TILE // PER_THREAD  # threads on each side of a tile
 WARP, WARPS, FEW = 32, 4, 4  # threads that share a row, rows of a thread block, tokens that it takes at once
 
 
 def emit(product: Product) -> None:
     """The body of the kernel, by the number of tokens that it is for."""
+    device, stored = target.gpu(), {str(product.x.dtype), str(product.weight.dtype)}
     if product.high is not None and product.high <= 16:
         warps(product)
+    elif device is not None and device.version >= 80 and stored in ({"float16"}, {"bfloat16"}):
+        tensor_cores(product)
     else:
         tiles(product)
 
@@ -68,6 +75,64 @@ def tiles(p: Product) -> None:
                 T.buffer_store(p.y, value.astype(str(p.y.dtype)), [token, row])
 
 
+def tensor_cores(p: Product) -> None:
+    """Many tokens, x and weight in one 16-bit dtype, on NVIDIA's tensor cores, which add up in float32.
+
+    A thread block of 4 warps takes TILE tokens by TILE rows, 32 of k at a time; a warp 2 by 2 fragments.
+    """
+    rows, k = (int(each) for each in p.weight.shape)
+    dtype, deep, vector = str(p.x.dtype), 2 * FRAGMENT, 4 if k % 4 == 0 else 1
+    with (
+        T.thread_binding(tirx.ceildiv(p.n, TILE), thread="blockIdx.y") as token_block,
+        T.thread_binding(-(-rows // TILE), thread="blockIdx.x") as row_block,
+        T.thread_binding(4, thread="threadIdx.y") as warp,
+        T.thread_binding(WARP, thread="threadIdx.x") as lane,
+    ):
+        first_token, first_row, thread = token_block * TILE, row_block * TILE, warp * WARP + lane
+        xs, ws = (T.alloc_buffer((TILE, deep + 8), dtype, scope="shared") for _ in range(2))  # 8 more: other banks
+        tile = T.alloc_buffer((TILE, TILE + 4), "float32", scope="shared")
+        a, b = (T.alloc_buffer((2 * _AREA,), dtype, scope=f"wmma.matrix_{name}") for name in "ab")
+        sums = T.alloc_buffer((4 * _AREA,), "float32", scope="wmma.accumulator")
+        for i in range(4):
+            T.evaluate(T.tvm_fill_fragment(sums.data, *_SHAPE, i, tir.f32(0.0)))
+        with T.serial(-(-k // deep)) as step:
+            with T.unroll(TILE * deep // vector // 128) as part:
+                element = (part * 128 + thread) * vector
+                line, column = element // deep, element % deep
+                at = step * deep + column
+                for shared, source, first, count in ((xs, p.x, first_token, p.n), (ws, p.weight, first_row, rows)):
+                    with T.If(tirx.And(first + line < count, at < k)):
+                        with T.Then(), _side_by_side(vector) as i:
+                            T.buffer_store(shared, source[first + line, at + i], [line, column + i])
+                        with T.Else(), _side_by_side(vector) as i:
+                            T.buffer_store(shared, tirx.const(0, dtype), [line, column + i])
+            for inner in range(0, deep, FRAGMENT):
+                for i in range(2):
+                    for part, shared, block, order in ((a, xs, warp // 2, "row_major"), (b, ws, warp % 2, "col_major")):
+                        place = (block * 32 + i * FRAGMENT) * (deep + 8) + inner
+                        pointer = shared.access_ptr("r", offset=place)
+                        T.evaluate(T.tvm_load_matrix_sync(part.data, *_SHAPE, i, pointer, deep + 8, order))
+                for i in range(2):
+                    for j in range(2):
+                        at = i * 2 + j
+                        T.evaluate(T.tvm_mma_sync(sums.data, at, a.data, i, b.data, j, sums.data, at))
+        for i in range(2):
+            for j in range(2):
+                place = (warp // 2 * 32 + i * FRAGMENT) * (TILE + 4) + warp % 2 * 32 + j * FRAGMENT
+                pointer = tile.access_ptr("w", offset=place)
+                T.evaluate(T.tvm_store_matrix_sync(sums.data, *_SHAPE, i * 2 + j, pointer, TILE + 4, "row_major"))
+        with T.serial(TILE * TILE // 128) as part:
+            line, column = (part * 128 + thread) // TILE, (part * 128 + thread) % TILE
+            token, row = first_token + line, first_row + column
+            with T.If(tirx.And(token < p.n, row < rows)), T.Then():
+                T.buffer_store(p.y, p.epilogue(token, row, tile[line, column]).astype(str(p.y.dtype)), [token, row])
+
+
+def _side_by_side(width: int) -> Any:
+    """A loop over neighbours, which are moved at once."""
+    return T.vectorized(width) if width > 1 else T.serial(width)
+
+
 def warps(p: Product) -> None:
     """One token, or a few."""
     rows, k = (int(each) for each in p.weight.shape)
@@ -88,7 +153,7 @@ def warps(p: Product) -> None:
         with T.serial(-(-k // (WARP * width))) as step:
             at = (step * WARP + lane) * width
             with T.If(at < k), T.Then():
-                with T.vectorized(width) if width > 1 else T.serial(width) as i:
+                with _side_by_side(width) as i:
                     T.buffer_store(weights, p.weight[here, at + i], [i])
                 with T.unroll(few) as t, T.unroll(width) as i:
                     token = tirx.min(token_block * few + t, p.n - 1)
