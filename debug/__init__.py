@@ -7,6 +7,7 @@
     with debug.patch("layers.3.mlp", output=debug.ablate()): ...
     debug.compare(model, other, ids), debug.doctor(model, reference), debug.bisect(run, changes)
     debug.invariance(model, ids), debug.why(t[...], index=(5, 17)), debug.profile(), debug.repro(t[...], "bug.zip")
+    with debug.race("/rms_norm") as r: ...                      all kernels of an op on the model's own inputs
 
 In IPython, `%load_ext debug` gives the same as magics.
 """
@@ -24,6 +25,7 @@ from .explain import Explanation, why
 from .findings import Diagnosis, Finding
 from .patches import ablate, noise, patch, scale
 from .profiler import Profile, profile
+from .races import Races, race
 from .record import Record
 from .reproduce import repro
 from .shadow import Check, CheckError, check
@@ -44,6 +46,7 @@ __all__ = [
     "Invariance",
     "NanHunt",
     "Profile",
+    "Races",
     "Record",
     "Recording",
     "Run",
@@ -65,6 +68,7 @@ __all__ = [
     "nonfinite",
     "patch",
     "profile",
+    "race",
     "repro",
     "run_with_cache",
     "scale",

@@ -16,11 +16,11 @@ import numpy as np
 
 import ops
 from ops import Call, Tensor
+from ops.call import tensors
 from ops.scope import Scope
 
 from .definitions import begin
 from .findings import Found, at
-from .record import tensors
 from .values import CallValues, Values
 
 # The slots that an op's inputs are, and that its output is. The steps of attention lie one module deeper.

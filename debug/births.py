@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ops import Call, Tensor
+from ops.difference import results
 
-from .difference import results
 from .evidence import Birth, Evidence
 from .statistics import taken
 from .tool import Tool

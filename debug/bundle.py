@@ -21,12 +21,12 @@ from typing import Any
 
 import ops
 from ops import Call, OpError, Spec, Tensor, target
+from ops.difference import Difference, difference
+from ops.difference import results as gave
 from ops.op import registry
 from ops.scope import Scope
 
 from . import archive
-from .difference import Difference, difference
-from .difference import results as gave
 from .kernel_source import KernelSource, kernel_source
 from .record import from_bytes, to_bytes
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from ops import Tensor
+from ops.difference import differs
 from ops.spec import FLOATS
-
-from .difference import differs
 
 
 class _Twin:

@@ -17,14 +17,14 @@ import numpy as np
 
 import ops
 from ops import Call, Tensor
+from ops.difference import Difference, difference, inputs_of, referred
 from ops.spec import DTYPES, FLOATS
+from ops.tolerance import KERNEL
 
 from . import pages, storage
 from .alignment import Alignment, Flow, Forced, Node
 from .definitions import Definitions, begin
-from .difference import Difference, difference, inputs_of, referred
 from .huggingface import HuggingFace, is_torch
-from .tolerance import KERNEL
 from .values import Values
 
 _ROWS = 80  # of a table that is longer, as many are shown

@@ -13,9 +13,8 @@ import numpy as np
 
 import ops
 from ops import Call
-
-from .difference import Expected, bound
-from .record import tensors
+from ops.call import tensors
+from ops.difference import Expected, bound
 
 Condition = Callable[[Call], Any]
 

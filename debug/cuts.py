@@ -25,14 +25,14 @@ import numpy as np
 
 import ops
 from ops import Call, Spec, Tensor
+from ops.difference import difference, differs, results
 from ops.spec import FLOATS
+from ops.tolerance import KERNEL
 
 from . import storage, threaded
-from .difference import difference, differs, results
 from .evidence import row_inputs
 from .poison import poison
 from .record import Held, Keeper
-from .tolerance import KERNEL
 
 _ROWS = 60
 _ALONE = "a row alone"

@@ -11,9 +11,8 @@ import numpy as np
 
 import ops
 from ops import Call, Tensor
+from ops.difference import referred
 from ops.spec import FLOATS
-
-from .difference import referred
 
 _LARGEST = float(np.finfo("float32").max)
 _SHOWN = 3  # products of a dot product

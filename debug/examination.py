@@ -15,12 +15,12 @@ import numpy as np
 import ops
 from ops import Call, Tensor
 from ops.call import as_tuple
+from ops.difference import Difference, difference
+from ops.tolerance import KERNEL
 
 from .alignment import Alignment, Dry, Flow, Forced, Node
 from .definitions import Definitions, begin
-from .difference import Difference, difference
 from .findings import Found, Kind, at, launched, outermost
-from .tolerance import KERNEL
 from .values import Values, Weights
 
 # What a definition in float64 may be from the reference, which rounds each of a call's steps to its own dtype.

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ops import Call, KernelError, OpError, Tensor
+from ops.difference import results
 
-from .difference import results
 from .interpreter import Interpreter, Rounding, Sum
 from .recall import kept_results, launched, recalled
 from .record import Record, to_bytes

@@ -8,6 +8,8 @@
     %stop "layers.3", when=debug.nonfinite      from now on, until it is removed
     %why t["layers.0/add[0]"], index=(0, 5)
 
+    %%kernel c op=rms_norm layers=0-3           the cell is a kernel's source: swapped in, and raced with the op's own
+
 `%check`, `%profile` and `%stop` are as `%trace`. With `-o NAME` the tool, or the answer of `%why`, becomes the variable
 NAME; without, it is displayed.
 """
@@ -20,7 +22,7 @@ import re
 from typing import Any
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
+from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class
 from IPython.display import display
 
 _TOOLS = "debug"
@@ -28,7 +30,7 @@ _TOOLS = "debug"
 
 @magics_class
 class DebugMagics(Magics):
-    """`%trace`, `%check`, `%profile`, `%stop` and `%why`."""
+    """`%trace`, `%check`, `%profile`, `%stop`, `%why` and `%%kernel`."""
 
     shell: Any
 
@@ -66,6 +68,17 @@ class DebugMagics(Magics):
         if not rest:
             raise UsageError("%why RECORD, index=(...)")
         self._give(name, self._called("why", rest))
+
+    @cell_magic
+    def kernel(self, line: str, cell: str) -> None:
+        """Swap in the kernel that the cell holds: `%%kernel [-o NAME] LANGUAGE op=NAME [layers=0-3] [on=STATEMENT]`.
+
+        Other options are those of `Op.swap`, as NAME=VALUE; `on` is run, and the kernels race on the inputs there.
+        """
+        from .kernel_cell import run
+
+        name, rest = _output(line)
+        self._give(name, run(self.shell, rest, cell))
 
     def _under(self, tool: str, line: str, cell: str | None) -> None:
         name, rest = _output(line)

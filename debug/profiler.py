@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ops
-from ops import Call, ceilings
-from ops.op import Plan
+from ops import Call, ceilings, html
+from ops.costs import Cost, cost, depends_on_values
+from ops.plan import Plan
 from ops.scope import Scope
+from ops.table import Table
 
-from . import html, timing
+from . import timing
 from .chrome_trace import write
-from .costs import Cost, cost, depends_on_values
 from .roofline import plot
-from .table import Table
 from .timing import CallTime, ModuleTime, clock, now
 from .tool import Tool
 

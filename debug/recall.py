@@ -23,7 +23,7 @@ def recalled(record: Record) -> Call:
 
 
 def kept_results(record: Record, call: Call) -> dict[str, Tensor]:
-    """What it gave, by name as in `debug.difference.results`. Raises OpError when it was not kept."""
+    """What it gave, by name as in `ops.difference.results`. Raises OpError when it was not kept."""
     outputs = [f"output {i}" if i else "output" for i in range(len(record.outputs))]
     _require(record, [*outputs, *(f"written {name}" for name in call.written)])
     return {name: record.held[name].tensor for name in outputs} | {name: record.written(name) for name in call.written}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,10 +253,3 @@ class Keeper:
 
 def _begin(tensor: Tensor) -> int:
     return tensor.buffer.data.data_ptr()
-
-
-def tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors that an op or a module gave."""
-    for each in output if isinstance(output, (tuple, list)) else (output,):
-        if isinstance(each, Tensor):
-            yield each

@@ -12,10 +12,10 @@ import threading
 from pathlib import Path
 
 from ops import Call, OpError
+from ops.difference import results
 
 from . import bundle
 from .capture import Capture
-from .difference import results
 from .recall import kept_results, launched, recalled
 from .record import Record
 

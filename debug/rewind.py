@@ -17,10 +17,11 @@ import numpy as np
 
 import ops
 from ops import Call, Selector, SelectorError, Spec, Tensor
+from ops.call import tensors
 from ops.scope import Scope
 from ops.spec import DTYPES
 
-from .record import tensors, to_bytes
+from .record import to_bytes
 
 LIMIT = 2 * 2**30  # bytes of outputs that a pass keeps; of those before, calls are computed again
 

@@ -24,12 +24,12 @@ from rich.table import Table
 
 import ops
 from ops import Call, Tensor
+from ops.difference import Difference, Expected, bound, inputs_of, referred, results
 from ops.spec import FLOATS
+from ops.tolerance import relative_error
 
 from . import storage
 from .clean import Clean
-from .difference import Difference, Expected, bound, inputs_of, referred, results
-from .tolerance import relative_error
 from .tool import Tool
 
 _ROWS = 60  # of a table that is longer, as many are shown
@@ -266,7 +266,7 @@ def check(
     """Compare the calls that the selector `where` means (all, when None) with their NumPy references, inside `with`.
 
     `every=k` checks one call in k, others in each pass: k passes check them all. `tolerance` replaces the table of
-    `debug.tolerance` for floats; integers must agree. `against="float64"` widens the inputs of a reference first.
+    `ops.tolerance` for floats; integers must agree. `against="float64"` widens the inputs of a reference first.
     `inherited=False` leaves out the clean run, which takes as long as the check again and float64 copies of what lives;
     it is on because without it an error that came in cannot be told from a right result. `stop=True` raises CheckError
     at the first culprit, in the model's own call; `debug.stop(when=debug.diverges())` opens a debugger there instead.

@@ -9,11 +9,10 @@ from functools import cached_property
 from typing import Any
 
 import ops
-from ops import Call, Op
+from ops import Call, Op, html
+from ops.table import Table
 
-from . import html
 from .record import Record
-from .table import Table
 
 _LINES = 80  # of each text that a terminal gets; the attributes have all
 _TEXTS = {"python": "Python", "tir": "TIR", "llvm": "LLVM", "assembly": "assembly"}
@@ -89,7 +88,7 @@ class Code:
         return Group(*parts)
 
     def __repr__(self) -> str:
-        from .plain import plain
+        from ops.plain import plain
 
         return plain(self, 120)
 

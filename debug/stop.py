@@ -44,7 +44,7 @@ def stop(where: Any = None, when: Condition | None = None, after: int = 0) -> St
 
     Gives a handle with `hits`, `stopped` and `remove()`; in a `with` it is removed at the end, and a selector that
     meant no call raises SelectorError. At the prompt `call` and, after the launch, `output` are at hand, and the
-    commands back, goto, rerun, edit and undo: `help goto`.
+    commands back, goto, rerun, edit, undo and reload: `help goto`.
     """
     return Stop(where, when, after).install()
 

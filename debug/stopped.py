@@ -63,7 +63,7 @@ class Stopped:
     def fail(self, call: Call, error: Exception, frame: FrameType) -> None:
         """Open the prompt where an op failed; the error goes on."""
         self._phase, self._names = "error", prompt.Names(frame, {"call": call, "error": error})
-        commands = {"back": self.back, "goto": self.goto, "rerun": self.rerun}
+        commands = {name: getattr(self, name) for name in ("back", "goto", "rerun", "reload")}
         try:
             prompt.ask(frame, f"{type(error).__name__}: {error}", self._names, commands)
         finally:
@@ -89,7 +89,7 @@ class Stopped:
         self._watched = self.run.watch(call, output)
         when = "before its launch" if phase == "before" else "after its launch, before the model gets the output"
         text = ": ".join([f"Stop at {call.full_address}, {when}", *filter(None, reasons)])
-        commands = {name: getattr(self, name) for name in ("back", "goto", "rerun", "edit", "undo")}
+        commands = {name: getattr(self, name) for name in ("back", "goto", "rerun", "edit", "undo", "reload")}
         try:
             prompt.ask(frame, text, self._names, commands)
         finally:
@@ -187,6 +187,14 @@ class Stopped:
         for phase in ("before", "after"):
             self.run.edits.pop(Place(self.step.key, phase), None)
         raise Rewind(self.run, self.step, Place(self.step.key, "before"))
+
+    def reload(self, debugger: Any, argument: str) -> bool:
+        """reload
+        Take the kernels of all swaps as their files have them now, where they are right; `rerun` uses them.
+        """
+        changed = ops.reload()
+        debugger.message("\n".join(f"reloaded {each!r}" for each in changed) or "no swap's text has changed")
+        return False
 
     def _check(self, whole: bool = True) -> prompt.Names:
         if self._names is None:

@@ -114,7 +114,7 @@ def table(rows: Sequence[dict[str, str]], most: int, width: int = 160) -> str:
     """Rows as a text table, the first and the last of them when there are more than `most`."""
     from rich.table import Table
 
-    from .plain import plain
+    from ops.plain import plain
 
     if not rows:
         return "no calls"

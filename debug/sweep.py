@@ -11,14 +11,14 @@ import numpy as np
 
 import ops
 from ops import Call, Tensor
+from ops.call import tensors
+from ops.difference import Difference, Expected, bound
 from ops.spec import FLOATS, INTEGERS
 
 from .alignment import Flow, Node
 from .definitions import begin
-from .difference import Difference, Expected, bound
 from .findings import Found, at, launched, outermost
 from .poison import poison
-from .record import tensors
 
 EDGES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 130, 255, 256, 257)
 FAR = (511, 512, 513, 1023, 1024, 1025)

@@ -16,8 +16,7 @@ import numpy as np
 
 import ops
 from ops import Call
-
-from .difference import results
+from ops.difference import results
 
 
 @dataclass

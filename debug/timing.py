@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ops import Spec, build
-from ops.op import Plan
-
-from .costs import Cost
+from ops.costs import Cost
+from ops.plan import Plan
 
 now = time.perf_counter_ns
 

@@ -15,10 +15,11 @@ from typing import Any, overload
 
 import ops
 from ops import Call, Selector, Tensor
+from ops.call import tensors
 from ops.scope import Scope
 
 from . import storage
-from .record import Held, Keeper, Record, described, tensors
+from .record import Held, Keeper, Record, described
 from .show_code import calls
 from .statistics import taken
 from .tool import Tool

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ops import OpError
+from ops.difference import results
 
 from .bundle import Bundle, hashed, versions
-from .difference import results
 from .recall import launched
 
 _ROOT = Path(__file__).resolve().parent.parent

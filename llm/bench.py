@@ -17,6 +17,7 @@ import numpy as np
 
 import ops
 from ops import build, ceilings, quantize
+from ops.interleave import interleaved
 from ops.quantize import FORMATS
 from ops.spec import DTYPES, FLOATS
 
@@ -86,21 +87,6 @@ class Case(NamedTuple):
             return load("tiny", dtype=self.dtype, weights=self.weights)
         model = build_model(SHAPES[self.shape], self.dtype, self.weights)
         return randomize(model) if filled else model
-
-
-def interleaved(sides: dict[str, Callable[[], Any]], seconds: float = 2.0, batch: int = 1) -> dict[str, float]:
-    """Median seconds of one run of each side. The sides take turns; each turn runs a side `batch` times."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or min(map(len, times.values())) < 3:
-        for name, side in sides.items():
-            started = time.perf_counter()
-            for _ in range(batch):
-                side()
-            times[name].append((time.perf_counter() - started) / batch)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def dispatch(case: Case) -> dict[str, Any]:
@@ -260,8 +246,8 @@ def _cases(c: Any, tokens: int, case: Case) -> Iterable[tuple[str, Callable[[], 
     table = _normal((1024, width), dtype)
     yield "embedding", lambda: ops.embedding(ids, table), 2 * x.nbytes, 0
     yield "rms_norm", lambda: ops.rms_norm(x, weight, eps=1e-5), 2 * x.nbytes, 4 * x.size
-    for name, interleaved in (("rope", False), ("rope interleaved", True)):
-        rope = functools.partial(ops.rope, q, positions, frequencies, interleaved=interleaved)
+    for name, pairs in (("rope", False), ("rope interleaved", True)):
+        rope = functools.partial(ops.rope, q, positions, frequencies, interleaved=pairs)
         yield name, rope, 2 * q.nbytes, 3 * q.size
     yield "cache_write", lambda: ops.cache_write(keys, k, positions), 2 * k.nbytes, 0
     yield (

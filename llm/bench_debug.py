@@ -9,6 +9,7 @@ from typing import Any
 
 import ops
 from ops import intercept, scope
+from ops.interleave import interleaved
 from ops.scope import current
 
 from . import bench
@@ -91,8 +92,8 @@ def _medians(sides: dict[str, Callable[[], None]]) -> dict[str, float]:
         took = time.perf_counter() - started
         least = least or took
         (slow if took > _SLOW * least else quick)[name] = side
-    seconds = bench.interleaved(quick, 8.0)
-    return seconds | (bench.interleaved(slow, 4.0) if slow else {})
+    seconds = interleaved(quick, 8.0)
+    return seconds | (interleaved(slow, 4.0) if slow else {})
 
 
 def _unused(calls: int, modules: int) -> float:
@@ -121,6 +122,6 @@ def _unused(calls: int, modules: int) -> float:
             nobody()
 
     sides = {"look": look, "nothing": nothing, "inside": lambda: scope.run(None, "", inside, (), {}), "plain": plain}
-    seconds = bench.interleaved(sides, 1.0)
+    seconds = interleaved(sides, 1.0)
     call, module = seconds["look"] - seconds["nothing"], seconds["inside"] - seconds["plain"]
     return (calls * call + modules * module) / _REPEAT

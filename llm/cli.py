@@ -228,6 +228,25 @@ def cache(
 
 
 @app.command()
+def watch(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="a Python file with kernels: @ops.rms_norm.swap('c')")],
+    model: Model = "tiny",
+    prompt: Annotated[
+        str, _option("--prompt", "-p", metavar="TEXT", help="what the model runs on")
+    ] = "Once upon a time",
+    once: Annotated[bool, typer.Option("--once", help="only once, not at every save")] = False,
+    dtype: DType = "float32",
+    weights: Weights = None,
+) -> None:
+    """Keep a model loaded, and verify, race and use the kernels of a file at every save. Runs the file."""
+    import debug
+
+    from .watch import watch as run
+
+    run(file, _load(model, dtype, weights, "cpu", None), prompt, debug.race, typer.echo, once)
+
+
+@app.command()
 def replay(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="a file that debug.repro or crash capture left")],
     trust: Annotated[bool, typer.Option("--trust", help="run the kernel source that came with it")] = False,

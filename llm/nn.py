@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ops
-from ops import Spec, Tensor, hooks, scope
+from ops import Spec, Tensor, hooks, scope, select
 from ops.progress import tracked
 from ops.quantize import FORMATS
 
@@ -54,6 +54,10 @@ class Module:
         With `with_kwargs` it is `hook(module, args, kwargs, output)`. To be removed as a pre hook is.
         """
         return hooks.register(self, hook, False, prepend, with_kwargs)
+
+    def swap(self, op: ops.Op, language: str, *, where: Any = None, **options: Any) -> Callable[[Any], Any]:
+        """Decorator: `op.swap(language, ...)` for the calls made inside this module, whatever its path."""
+        return op.swap(language, where=select.Inside(self, where), **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, list) and (not value or any(isinstance(each, Module) for each in value)):

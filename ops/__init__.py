@@ -10,7 +10,7 @@ from .attention import attention
 from .attention_steps import mix, scores, softmax_with_sinks
 from .call import Call, Kernel
 from .embedding import cache_write, concat, embedding
-from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError
+from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError, SwapRefused, SwapWarning
 from .intercept import Interceptor, install, intercepted
 from .linear import linear
 from .norm import layer_norm, rms_norm
@@ -41,6 +41,7 @@ from .reduce import argmax, log_softmax, softmax, top_k
 from .rotary import rope
 from .select import Selector
 from .spec import Dim, Spec
+from .swap import reload, restore
 from .tensor import Tensor, empty, integer, tensor, tensor_from_packed, zeros
 
 from . import examples  # isort: skip  they are of all ops
@@ -58,6 +59,8 @@ __all__ = [
     "SelectorError",
     "ShapeError",
     "Spec",
+    "SwapRefused",
+    "SwapWarning",
     "Tensor",
     "add",
     "add_row",
@@ -92,6 +95,8 @@ __all__ = [
     "offset",
     "op",
     "prepare",
+    "reload",
+    "restore",
     "rms_norm",
     "rope",
     "scale",

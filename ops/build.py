@@ -88,15 +88,22 @@ class Request:
 
     def scheduled(self) -> Any:
         """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
-        from .schedule import cpu, gpu
+        from .schedule import gpu
 
         device = target.gpu()
         template = self.op._templates.get("cpu" if device is None else "gpu")
         if device is not None:
             self._check_dtypes(device)
         function = self.build(template) if template else None
-        if function is not None:
-            return function if device is None else gpu.narrow(function)
+        if function is None:
+            return self.rule_scheduled()
+        return function if device is None else gpu.narrow(function)
+
+    def rule_scheduled(self) -> Any:
+        """The blocks, scheduled by the rule, whether the op has a template or not."""
+        from .schedule import cpu, gpu
+
+        device = target.gpu()
         return cpu.schedule(self.blocks(), self._rows()) if device is None else gpu.schedule(self.blocks(), device)
 
     def _check_dtypes(self, device: target.Gpu) -> None:

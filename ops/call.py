@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +18,8 @@ from .spec import Spec
 from .tensor import Tensor
 
 if TYPE_CHECKING:
-    from .op import Op, Plan
+    from .op import Op
+    from .plan import Plan
     from .scope import Scope
     from .select import Selector
 
@@ -131,11 +131,16 @@ def _brief(value: Any) -> str:
 class Kernel:
     """What computes an op: `launch(call, outputs)` fills the output tensors, and written arguments in place.
 
-    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, "python" for a Python function.
+    `name` says which kernel, `origin` where it comes from: "tvm" for a compiled one, else its language.
     """
 
     def __init__(self, name: str, origin: str, launch: Callable[[Call, tuple[Tensor, ...]], None]):
         self.name, self.origin, self.launch = name, origin, launch
+        self.dtypes: dict[str, str] = {}  # of the op's arguments and outputs, by name, where the kernel fixes them
+
+    def fits(self, call: Call) -> bool:
+        """Whether the kernel is made for sizes like the call's."""
+        return True
 
     @classmethod
     def from_python(cls, function: Callable) -> Kernel:
@@ -182,6 +187,10 @@ class Use:
         with uses_lock:
             self.op._uses = tuple(use for use in self.op._uses if use is not self)
 
+    def applies(self, call: Call) -> bool:
+        """Whether it computes the call."""
+        return self.where.matches(call)
+
     def launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         """Count the call and compute it."""
         with uses_lock:
@@ -218,21 +227,8 @@ def as_tuple(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
 
 
-def signature_line(name: str, function: Callable) -> str:
-    """`name(x: Tensor, *, eps: float) -> Tensor`, for help and errors."""
-    return f"{name}{inspect.signature(function)}".replace("'", "")
-
-
-def kind_of(op_name: str, parameter: inspect.Parameter) -> tuple[type, bool]:
-    """What a run-time parameter's annotation, a text or a type, asks for: Tensor, int or float, and whether or None."""
-    annotation = parameter.annotation
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    names = [each.strip().rpartition(".")[2] for each in text.split("|")]
-    kinds = {"Tensor": Tensor, "int": int, "float": float}
-    if names[0] not in kinds or names[1:] not in ([], ["None"]):
-        raise TypeError(f"{op_name}: {parameter} must be annotated as Tensor, int or float, or one of them | None")
-    return kinds[names[0]], len(names) > 1
-
-
-def type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors that an op or a module gave."""
+    for each in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(each, Tensor):
+            yield each

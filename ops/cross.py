@@ -78,7 +78,10 @@ def text_of(device: tvm.IRModule, device_target: Any) -> str:
     """Source text of functions for a device."""
     text = tvm.get_global_func(f"target.build.{device_target.kind.name}")(device, device_target).inspect_source()
     # All threads of a warp come to each shuffle; after a branch, those that happen to be active may be fewer.
-    return text.replace("__activemask()", "0xffffffffu")
+    text = text.replace("__activemask()", "0xffffffffu")
+    return text.replace(
+        "-2147483648i", "(-2147483647i - 1i)"
+    )  # in WGSL the sign is an operator, and the rest too large
 
 
 def _function(primfunc: Any) -> Function:

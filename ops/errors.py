@@ -34,6 +34,14 @@ class KernelError(RuntimeError):
     announced = False
 
 
+class SwapRefused(KernelError):
+    """A kernel that was to replace an op's own, and does not fit it, does not compile or computes something else."""
+
+
+class SwapWarning(UserWarning):
+    """A kernel in use that was found wrong, and for which the op's own computes again."""
+
+
 on_error: Callable[[Exception, Call], None] | None = None  # gets an op's error where it is raised, before it goes on
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Generic, NoReturn, ParamSpec, TypeVar, cast
 
-from . import build, intercept, memory, threads
-from . import source as generated
-from .call import Call, Kernel, Use, as_tuple, kind_of, raw, signature_line, type_name, uses_lock
+from . import build, intercept, memory
+from .call import Call, Use, as_tuple, raw
 from .errors import KernelError, OpError, ShapeError, announce
+from .op_tools import OpTools
+from .parameters import kind_of, signature_line, type_name
+from .plan import Plan
 from .scope import active, current, pass_call
-from .select import Selector
 from .spec import Dim, Spec
 from .tensor import Tensor, _wrap
 
@@ -37,31 +37,7 @@ def like(x: Any, shape: tuple | None = None, dtype: str | None = None) -> Tensor
     return cast(Tensor, (x if isinstance(x, Spec) else x.spec).like(shape, dtype))
 
 
-class Plan:
-    """What an op does for one combination of specs and constants: its outputs and its compiled kernel.
-
-    `output` is the spec of the only output, None where there are several or none.
-    """
-
-    __slots__ = ("constants", "op", "output", "outputs", "run", "specs")
-
-    def __init__(self, op: Op, specs: tuple, constants: dict[str, Any], outputs: tuple[Spec, ...]):
-        self.op, self.specs, self.constants, self.outputs = op, specs, constants, outputs
-        self.output = outputs[0] if len(outputs) == 1 else None
-        nothing = bool(outputs) and all(spec.size == 0 for spec in outputs) and not op.writes
-        self.run: Callable[..., Any] = (lambda *_: None) if nothing else self._build_and_run
-
-    def request(self) -> build.Request:
-        """What to compile: the op at symbolic sizes."""
-        return build.Request(self.op, self.op.symbolic_specs(self.specs), self.constants)
-
-    def _build_and_run(self, *data: Any) -> None:
-        self.run = build.function(self.request())
-        threads.settle()
-        self.run(*data)
-
-
-class Op(Generic[P, R]):
+class Op(OpTools, Generic[P, R]):
     """An op: call it with tensors. `reference`, `tir`, `source`, `spec` show what it is; `use` replaces its kernel."""
 
     def __init__(self, rule: Callable[P, R], symbolic: Symbolic, ranges: tuple[int, ...], writes: Collection[str]):
@@ -154,7 +130,7 @@ class Op(Generic[P, R]):
 
     def used_for(self, call: Call) -> Use | None:
         """Which `use` computes a call of this op; None when it is the op's own kernel."""
-        return next((use for use in reversed(self._uses) if use.where.matches(call)), None)
+        return next((use for use in reversed(self._uses) if use.applies(call)), None)
 
     def _launch(self, plan: Plan, call: Call) -> Any:
         use = self.used_for(call)
@@ -317,38 +293,6 @@ class Op(Generic[P, R]):
         self._examples = function
         return function
 
-    def steps(self) -> AbstractContextManager[None]:
-        """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
-        if self._composed is None:
-            raise OpError(f"{self.name} has no steps; it is one kernel")
-        return intercept.intercepted(_Steps(self, self._composed))
-
-    def use(self, kernel: Any, where: Any = None) -> Use:
-        """Use another kernel for the calls that `where` means (all, when None); the last one in use wins.
-
-        `kernel`: a `Kernel`, a TIR PrimFunc over the inputs and then the outputs, or a Python function with the
-        signature of the op's reference. Gives a handle with `hits` and `remove()`, also usable in `with`.
-        """
-        if not isinstance(kernel, Kernel):
-            if build.is_primfunc(kernel):
-                kernel = Kernel.from_compiled(f"{self.name} (PrimFunc)", build.compiled(kernel, self.name))
-            elif callable(kernel):
-                kernel = Kernel.from_python(kernel)
-            else:
-                raise OpError(f"{self.name}.use takes a Kernel, a PrimFunc or a function, not {type(kernel).__name__}")
-        use = Use(self, kernel, Selector(where))
-        with uses_lock:
-            self._uses = (*self._uses, use)
-        return use
-
-    def tir(self, *args: Any, **constants: Any) -> build.Text:
-        """The TVMScript of the op's block definition at these arguments' shapes."""
-        return build.tir(self._request(args, constants))
-
-    def source(self, language: str, *args: Any, **constants: Any) -> build.Text:
-        """Generated code for these arguments' shapes, in one of `ops.source.LANGUAGES`; needs no GPU."""
-        return generated.source(self._request(args, constants), language)
-
     def _request(self, args: tuple, constants: dict[str, Any]) -> build.Request:
         return self.plan(*self._bound(args, constants, also=Spec)).request()
 
@@ -358,20 +302,6 @@ class Op(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"ops.{self.signature}"
-
-
-class _Steps(intercept.Interceptor):
-    """Runs an op as its steps; they are filed under the op's name, as `layers.0.self_attn.attention/softmax[0]`."""
-
-    def __init__(self, op: Op, composed: Callable):
-        self._op, self._composed = op, composed
-
-    @property
-    def name(self) -> str:
-        return self._op.name
-
-    def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
-        return self._composed(*call.args, **call.constants) if call.op is self._op else launch(call)
 
 
 def op(

@@ -6,7 +6,7 @@
     layers.0.self_attn/rope[1]     the second `rope` call of that module
     /linear                        every call of the op `linear`, wherever it is made
     layers.0-3.*/linear@2          in the second pass only
-    /linear dtype=bfloat16 rows=1  further words narrow by the first input: dtype, rows (its first size), shape=1x64
+    /linear dtype=bfloat16 rows=1  further words narrow by the first input: dtype, device, rows (first size), shape=1x64
     layers.0, layers.7             a comma means "or"
 
 A function of the `Call`, an op, a list of selectors, or None (every call) also serve.
@@ -26,15 +26,19 @@ if TYPE_CHECKING:
     from .call import Call
 
 _ADDRESS = re.compile(r"(?P<path>[\w.*?-]*)(?P<slash>/(?P<op>[\w*?]+)(\[(?P<ordinal>\d+)\])?)?(@(?P<number>\d+))?")
-_WORDS = {"dtype": re.compile("|".join(DTYPES)), "rows": re.compile(r"\d+"), "shape": re.compile(r"\d+(x\d+)*")}
+_WORDS = {
+    "dtype": re.compile("|".join(DTYPES)), "rows": re.compile(r"\d+"), "shape": re.compile(r"\d+(x\d+)*"),
+    "device": re.compile(r"\w+"),
+}  # fmt: skip
 
 
 class Selector:
-    """A compiled selector; `matches(call)` tells."""
+    """A compiled selector; `matches(call)` tells. `fits(call)` looks only at the call's arguments, not at its place."""
 
     def __init__(self, where: Any = None):
         self.where = where
         self.matches: Callable[[Call], bool] = _compile(where)
+        self.fits: Callable[[Call], bool] = _compile(where, anywhere=True)
 
     def nearest(self, addresses: Iterable[str], count: int = 5) -> list[str]:
         """Of the addresses of calls, and the modules they are made in, those that are spelt most like the selector."""
@@ -47,19 +51,38 @@ class Selector:
         return "every call" if self.where is None else repr(self.where)
 
 
-def _compile(where: Any) -> Callable[[Call], bool]:
+class Inside(Selector):
+    """The calls made inside a module that `where` means: of this very module, whatever its path."""
+
+    def __init__(self, module: Any, where: Any = None):
+        super().__init__(where)
+        self._module, self._meant = module, self.matches
+        self.matches = self._matches
+
+    def _matches(self, call: Call) -> bool:
+        scope = call.scope
+        while scope is not None and scope.module is not self._module:
+            scope = scope.parent
+        return scope is not None and self._meant(call)
+
+    def __repr__(self) -> str:
+        kind = type(self._module).__name__
+        return f"inside this {kind}" + ("" if self.where is None else f", {self.where!r}")
+
+
+def _compile(where: Any, anywhere: bool = False) -> Callable[[Call], bool]:
     if where is None:
         return lambda call: True
     if isinstance(where, Selector):
-        return where.matches
+        return where.fits if anywhere else where.matches
     if isinstance(where, str):
-        return _any([_one(part.strip()) for part in where.split(",")])
+        return _any([_one(part.strip(), anywhere) for part in where.split(",")])
     if hasattr(where, "rule") and hasattr(where, "name"):
         return lambda call: call.op is where
     if isinstance(where, (list, tuple, set, frozenset)):
         if not where:
             raise SelectorError("an empty list of selectors means no call; pass None for every call")
-        return _any([_compile(each) for each in where])
+        return _any([_compile(each, anywhere) for each in where])
     if callable(where):
         return lambda call: bool(where(call))
     raise SelectorError(f"a selector is a string, a function of the call, an op or a list of these, not {where!r}")
@@ -69,7 +92,7 @@ def _any(tests: list[Callable[[Call], bool]]) -> Callable[[Call], bool]:
     return tests[0] if len(tests) == 1 else lambda call: any(test(call) for test in tests)
 
 
-def _one(text: str) -> Callable[[Call], bool]:
+def _one(text: str, anywhere: bool) -> Callable[[Call], bool]:
     words = text.split()
     address = _ADDRESS.fullmatch(words[0]) if words and "=" not in words[0] else _ADDRESS.fullmatch("")
     if not words or address is None:
@@ -79,6 +102,8 @@ def _one(text: str) -> Callable[[Call], bool]:
     tests = [_word(word, text) for word in (words if "=" in words[0] else words[1:])]
     path, op = path_pattern(address["path"]), _glob(address["op"] or "*")
     ordinal, number = address["ordinal"], address["number"]
+    if anywhere:
+        return lambda call: all(test(call) for test in tests)
 
     def matches(call: Call) -> bool:
         return (
@@ -128,7 +153,7 @@ def _word(word: str, text: str) -> Callable[[Call], bool]:
         first = next((each for each in specs if isinstance(each, Spec)), None)
         if first is None:
             return False
-        given = {"dtype": first.dtype, "rows": str(first.shape[0] if first.shape else 1)}
+        given = {"dtype": first.dtype, "device": first.device, "rows": str(first.shape[0] if first.shape else 1)}
         return given.get(key, "x".join(map(str, first.shape))) == value
 
     return matches

@@ -1,6 +1,6 @@
 import numpy as np
 
-from debug.tolerance import relative_error
+from ops.tolerance import relative_error
 
 
 def test_what_counts_as_an_error():

@@ -38,7 +38,16 @@ class Source:
     @property
     def located(self) -> str:
         """The text with a directive that has compilers speak of the user's own file and line."""
-        return f'#line {self.line} "{self.file}"\n{self.text}'
+        file = self.file.replace("\\", "\\\\").replace('"', '\\"')
+        return f'#line {self.line} "{file}"\n{self.text}'
+
+    def complaint(self, offset: int, message: str) -> SourceError:
+        """An error about what stands at `offset` of the text: file, line, the line itself and a caret below it."""
+        start = self.text.rfind("\n", 0, offset) + 1
+        line = self.text[start:].split("\n", 1)[0]
+        number = self.line + self.text.count("\n", 0, offset)
+        caret = "".join(c if c == "\t" else " " for c in line[: offset - start]) + "^"
+        return SourceError(f"{self.file}:{number}: error: {message}\n    {line}\n    {caret}")
 
     def with_constants(self, values: Mapping[str, Any]) -> Source:
         """`{width}` and the like replaced by numbers; braces around anything else stay."""
@@ -58,6 +67,7 @@ class Parameter:
     """A parameter of a kernel. `type` is as written, without const and the like; `dtype` what Limpid calls it.
 
     `dtype` is None where the type means none of Limpid's. `pointer`: an array, else a number; `const`: read only.
+    A language without types, as Python, leaves `type` empty: the parameter is what it is bound to.
     """
 
     name: str
@@ -67,7 +77,7 @@ class Parameter:
     const: bool
 
     def __str__(self) -> str:
-        return f"{'const ' * self.const}{self.type}{'*' * self.pointer} {self.name}"
+        return f"{'const ' * self.const}{self.type}{'*' * self.pointer} {self.name}".strip()
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,19 @@ class Launch:
 
 @dataclass(frozen=True)
 class Options:
-    """What a swap may ask of a language, beside the text. `device`: "emulate" on the CPU, or a device; None: any."""
+    """What a swap may ask of a language, beside the text. `device`: "emulate" on the CPU, or a device; None: any.
+
+    `flags` are the compiler's; without `sandbox` a kernel is trusted at once.
+    """
 
     device: str | None = None
     flags: tuple[str, ...] = ()
+    sandbox: bool = True
 
 
 class Program:
-    """Compiled source. `run` computes; `emulated` says whether another machine than the kernel's own does.
+    """Compiled source. `run` computes; `emulated` says whether another machine than the kernel's own does, `device`
+    which one, by the name that its driver gives it.
 
     `library`, where there is one, is a shared object with
 
@@ -97,12 +112,18 @@ class Program:
     launch: grid x y z, block x y z, shared bytes. values: of an array its data, of a number where it is kept (in the
     parameter's type). sizes: of an array its bytes, of a number 0. It gives 0, or 1 and a text in `char
     limpid_error[4096]`. `checked` is the same with every access watched, which a sandbox runs until the kernel is
-    trusted; where there is none it runs `library`.
+    trusted; where there is none it runs `library`. `note`: what a person should know of how it was compiled.
     """
 
     emulated = False
+    note = ""
+    parameters: tuple[Parameter, ...] = ()
+    device = "cpu"
     library: Path | None = None
-    checked: Path | None = None
+
+    @property
+    def checked(self) -> Path | None:
+        return None
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
         """Compute, on arrays in place and numbers, in the order of the parameters. Raises LaunchError."""

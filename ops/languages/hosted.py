@@ -22,6 +22,7 @@ from .. import cross
 from ..errors import KernelError
 from ..spec import DTYPES
 from ..target import Gpu
+from .base import Launch, Program, Source
 
 if TYPE_CHECKING:
     from ..op import Op
@@ -30,9 +31,7 @@ Launcher = Callable[[str, list[Any], tuple[int, int, int], tuple[int, int, int],
 ALIGNMENT = 16  # bytes: arguments of GPU kernels begin at multiples of them, as a device's own memory does
 MOST = 2**31 - 1  # elements: indices are 32-bit
 _CPU, _DEVICE_TYPE = 1, 10  # DLPack's number of the CPU; TVM's of the field that says where a tensor is
-_STORED = {name: dtype for name, dtype in DTYPES.items() if name != "bfloat16"} | {
-    "bfloat16": np.dtype("uint16"), "uint16": np.dtype("uint16"), "uint32": np.dtype("uint32"),
-}  # fmt: skip
+_STORED = DTYPES | {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}
 _numbers = itertools.count()
 
 
@@ -40,7 +39,7 @@ def build(primfunc: Any, gpu: Gpu, launch: Launcher) -> Callable[..., None]:
     """A function on tensors of the CPU (anything with DLPack), outputs last, that has `launch` compute.
 
     `primfunc` is scheduled for `gpu`. `launch(name, args, grid, block, source)` is called for each function of the
-    device, in order: args are NumPy arrays over the memory itself, flat, bfloat16 as uint16, and numbers; grid counts
+    device, in order: args are NumPy arrays over the memory itself, flat, and numbers; grid counts
     blocks and block threads; source is the text that the function stands in. What it raises is raised by the call.
     """
     return run(cross.lower(primfunc, gpu), launch)
@@ -63,6 +62,22 @@ def of(
         kernel(*given)
 
     return call
+
+
+def programs(compiled: Callable[[Source], Program]) -> Callable[[cross.Lowered], Launcher]:
+    """A launcher for `of` of what a language compiles: one program for each function, when it is first launched."""
+
+    def launcher(lowered: cross.Lowered) -> Launcher:
+        made: dict[str, Program] = {}
+
+        def launch(name: str, args: list[Any], grid: Any, block: Any, text: str) -> None:
+            if name not in made:
+                made[name] = compiled(Source(text, name, f"<generated {lowered.gpu.language}>", 1))
+            made[name].run(args, Launch(grid, block))
+
+        return launch
+
+    return launcher
 
 
 def run(lowered: cross.Lowered, launch: Launcher) -> Callable[..., None]:

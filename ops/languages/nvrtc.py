@@ -49,6 +49,15 @@ def compile(text: str, arch: str = "sm_90", options: Sequence[str] = (), name: s
         nvrtc.nvrtcDestroyProgram(program)
 
 
+def available() -> bool:
+    """Whether NVRTC is installed."""
+    try:
+        _module("cuda.bindings.nvrtc", "cuda-bindings")
+    except Missing:
+        return False
+    return True
+
+
 def sass(cubin: bytes) -> str:
     """The listing of machine code, by nvdisasm."""
     with tempfile.TemporaryDirectory(prefix="limpid-") as folder:
@@ -60,9 +69,13 @@ def sass(cubin: bytes) -> str:
     return done.stdout
 
 
-def missing(what: str) -> KernelError:
+class Missing(KernelError):
+    """A tool that is not installed."""
+
+
+def missing(what: str) -> Missing:
     """The error of a tool that is not installed."""
-    return KernelError(f"{what} is missing: pip install 'limpid[cuda]' (or -e '.[cuda]' in a clone)")
+    return Missing(f"{what} is missing: pip install 'limpid[cuda]' (or -e '.[cuda]' in a clone)")
 
 
 def _module(name: str, wheel: str) -> Any:

@@ -16,7 +16,8 @@ import ops
 from llm.cache import Cache
 from llm.generate import prepare
 from llm.load import build, randomize
-from ops.op import Plan, registry
+from ops.op import registry
+from ops.plan import Plan
 
 from . import fusing
 from .worker import WARM, serve, timed, tokens

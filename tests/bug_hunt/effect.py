@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 import ops
-from debug.difference import Expected
 from ops import Call, Interceptor
+from ops.difference import Expected
 
 
 def transcript(model: Any, ids: list[int]) -> np.ndarray:

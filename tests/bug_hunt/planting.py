@@ -12,7 +12,7 @@ import numpy as np
 import ops
 from ops import Call, Kernel, Op, Spec, Tensor, memory
 from ops.call import raw
-from ops.op import Plan
+from ops.plan import Plan
 from ops.tensor import _wrap
 
 

@@ -12,12 +12,12 @@ import debug.statistics
 import ops
 from debug.explain import why
 from debug.record import Record
-from debug.tolerance import KERNEL
 from debug.trace import trace
 from ops import Call, OpError
 from ops.op import registry
 from ops.quantize import FORMATS
 from ops.scope import Scope
+from ops.tolerance import KERNEL
 from tests.ops.harness import DTYPE_NAMES, random
 
 ROWS, WIDTH = 3, 37

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 import ops
-from debug import html
 from debug.profiler import profile
 from debug.show_code import Code, show
-from debug.table import Table
 from debug.trace import Recording, trace
-from ops import ceilings
+from ops import ceilings, html
 from ops.op import registry
+from ops.table import Table
 from tests.debug import chromium
 from tests.llm import small
 

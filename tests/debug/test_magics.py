@@ -126,3 +126,60 @@ def test_the_profile_itself(shell, monkeypatch):
     run(shell, "%profile -o p model([1, 2])")
     p = shell.user_ns["p"]
     assert p.forwards and sum(row.calls for row in p.rows()) == len(p.calls) > 40
+
+
+CELL = """%%kernel -o made c op=rms_norm layers=0-1 on='model([1, 2, 3])' check='first 2'
+void rms_norm_cell(const float* x, const float* weight, float* out, int rows, int width, float eps) {
+  for (int r = 0; r < rows; r++, x += width, out += width) {
+    float s = 0;
+    for (int i = 0; i < width; i++) s += x[i] * x[i];
+    for (int i = 0; i < width; i++) out[i] = x[i] / sqrtf(s / width + eps) * weight[i];
+  }
+}
+"""
+
+
+def test_a_kernel_in_a_cell(shell):
+    run(shell, CELL.replace("op=rms_norm", "op=rms_norm edge_cases=False"))
+    made = shell.user_ns["made"]
+    try:
+        assert made.swap.hits and made.swap.recipe.language == "c"
+        (race, *_) = made.races
+        assert {"own", "rms_norm_cell", "reference"} <= {each.name for each in race.contenders}
+        assert "rms_norm_cell" in repr(made) and "<svg" in made._repr_html_()
+        first = made.swap
+        run(shell, CELL.replace("op=rms_norm", "op=rms_norm edge_cases=False").replace("float s = 0", "float s = 0.0f"))
+        assert first.state == "replaced" and shell.user_ns["made"].swap is not first
+        with pytest.raises(ops.KernelError, match=r"Cell In\[\d+\]:4: error: .*flaot"):
+            run(shell, CELL.replace("float s", "flaot s"))
+        assert shell.user_ns["made"].swap.state == "in use"
+        with pytest.raises(ops.SwapRefused, match=r"is wrong on an edge case: .*plus_one=True"):
+            run(shell, CELL)
+    finally:
+        ops.restore()
+
+
+def test_a_kernel_in_python_in_a_cell(shell):
+    cell = "%%kernel -o made python op=silu\ndef mine(x):\n    return ops.silu.reference(x)"
+    shell.push({"ops": ops})
+    run(shell, cell)
+    try:
+        (race,) = shell.user_ns["made"].races
+        assert race.call.args[0].shape == (17, 64) and "mine" in repr(race)
+    finally:
+        ops.restore()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "%%kernel LANGUAGE op=NAME"),
+        ("pascal op=silu", "the languages are c, c"),
+        ("c op=sillu", "op= names an op: add, "),
+        ("c op=silu fast", "'fast' is not NAME=VALUE"),
+        ("python op=silu", "the cell defines no function"),
+    ],
+)
+def test_a_line_of_kernel_that_is_not_understood(shell, line, said):
+    with pytest.raises(UsageError, match=said):
+        run(shell, f"%%kernel {line}\nx = 1")

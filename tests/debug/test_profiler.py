@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 import ops
-from debug import costs
 from debug.profiler import Profile, layer, profile
-from ops import ceilings
+from ops import ceilings, costs
 from ops.scope import current
 from tests.llm import small
 

@@ -5,7 +5,7 @@ import pytest
 
 import llm
 import ops
-from debug.tolerance import KERNEL, relative_error
+from ops.tolerance import KERNEL, relative_error
 
 pytestmark = [
     pytest.mark.emulated,

@@ -10,8 +10,8 @@ import pytest
 
 import llm
 import ops
-from debug.difference import difference
-from debug.tolerance import KERNEL
+from ops.difference import difference
+from ops.tolerance import KERNEL
 
 PROMPT = "Mia gave the red ball to Tom."
 

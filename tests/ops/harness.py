@@ -8,8 +8,8 @@ import numpy as np
 
 import ops
 from debug.poison import poison
-from debug.tolerance import KERNEL, relative_error
 from ops.spec import DTYPES, FLOATS
+from ops.tolerance import KERNEL, relative_error
 
 DTYPE_NAMES = tuple(FLOATS)
 

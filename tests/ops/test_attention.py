@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ops
-from debug.tolerance import KERNEL, relative_error
 from ops.schedule import cpu, flash, flash_decode
+from ops.tolerance import KERNEL, relative_error
 from tests.ops.harness import DTYPE_NAMES, check, random
 
 LAYOUTS = {

@@ -7,10 +7,10 @@ from tvm import tirx
 
 import ops
 from debug.poison import poison
-from debug.tolerance import KERNEL, relative_error
 from ops.quantize import FORMATS, quantize_activations
 from ops.schedule import fused
 from ops.spec import Dim, Spec
+from ops.tolerance import KERNEL, relative_error
 from tests.ops.capture import capture, compiled, only_function, tokens
 from tests.ops.harness import random
 

@@ -9,7 +9,7 @@ import tvm
 
 import ops
 from ops import KernelError, cross, target
-from ops.languages import hosted, nvrtc
+from ops.languages import cuda, hosted, nvrtc
 from ops.op import registry
 from ops.spec import FLOATS
 
@@ -85,6 +85,23 @@ def test_every_op_runs_on_pocl_and_agrees_with_its_reference(name, dtype):
                 kernels[request.arguments] = hosted.of(op, args, constants, pocl.launcher)
             run(op, kernels[request.arguments], args, constants)
     assert kernels
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", OPS)
+def test_some_kernels_of_every_op_run_in_the_emulator_as_cuda(name, dtype):
+    """For sm_75, as tensor cores are not emulated. A race, or an access out of bounds, is an error."""
+    op, kernels = registry[name], {}
+
+    def compiled(source):
+        return cuda.emulated(source, cuda.Cuda().parse(source))
+
+    with target.building_for_gpu("cuda", "sm_75"):
+        for args, constants in ops.examples.of(op, dtype)[1::4][:3]:
+            request = op._request(args, constants)
+            if request.arguments not in kernels:
+                kernels[request.arguments] = hosted.of(op, args, constants, hosted.programs(compiled))
+            run(op, kernels[request.arguments], args, constants)
 
 
 def run(op, kernel, args, constants):

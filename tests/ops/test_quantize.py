@@ -7,11 +7,11 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from debug.tolerance import KERNEL, relative_error
 from ops import DTypeError, ShapeError, quantize, target
 from ops.quantize import FORMATS, Format
 from ops.schedule import quantized
 from ops.schedule.vector import i64
+from ops.tolerance import KERNEL, relative_error
 
 FORMS = {
     **FORMATS,

@@ -9,17 +9,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ops import Call, Tensor
-from ops.call import as_tuple
-from ops.spec import FLOATS
-
-from .record import tensors
+from .call import Call, as_tuple, tensors
+from .spec import FLOATS
+from .tensor import Tensor
 from .tolerance import KERNEL, relative_error
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`error` is max|actual - expected| / max|expected|, as in `debug.tolerance`; the worst element is at `index`."""
+    """`error` is max|actual - expected| / max|expected|, as in `ops.tolerance`; the worst element is at `index`."""
 
     error: float
     index: tuple[int, ...]

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ops import Call, Op, Tensor
+from .call import Call
+from .op import Op
+from .tensor import Tensor
 
 
 class Cost(NamedTuple):
@@ -44,7 +46,7 @@ def depends_on_values(op: Op) -> bool:
 
 
 def rule(op: Op | str, of_values: bool = False) -> Callable[[Rule], Rule]:
-    """`@debug.costs.rule(my_op)` registers a function of the Call that gives its Cost.
+    """`@ops.costs.rule(my_op)` registers a function of the Call that gives its Cost.
 
     It may be asked once for all calls of the same shapes and constants; `of_values` has it asked for each.
     """
