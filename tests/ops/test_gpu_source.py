@@ -10,6 +10,7 @@ import tvm
 import ops
 from ops import KernelError, cross, target
 from ops.languages import cuda, hosted, nvrtc
+from ops.languages.base import Options
 from ops.op import registry
 from ops.spec import FLOATS
 
@@ -91,10 +92,10 @@ def test_every_op_runs_on_pocl_and_agrees_with_its_reference(name, dtype):
 @pytest.mark.parametrize("name", OPS)
 def test_some_kernels_of_every_op_run_in_the_emulator_as_cuda(name, dtype):
     """For sm_75, as tensor cores are not emulated. A race, or an access out of bounds, is an error."""
-    op, kernels = registry[name], {}
+    op, kernels, language = registry[name], {}, cuda.Cuda(Options("emulate"))
 
     def compiled(source):
-        return cuda.emulated(source, cuda.Cuda().parse(source))
+        return language.compile(source, language.parse(source))
 
     with target.building_for_gpu("cuda", "sm_75"):
         for args, constants in ops.examples.of(op, dtype)[1::4][:3]:
