@@ -22,7 +22,7 @@ from .. import cross
 from ..errors import KernelError
 from ..spec import DTYPES
 from ..target import Gpu
-from .base import Launch, Program, Source
+from .base import Launch, Parameter, Program, Source
 
 if TYPE_CHECKING:
     from ..op import Op
@@ -32,6 +32,10 @@ ALIGNMENT = 16  # bytes: arguments of GPU kernels begin at multiples of them, as
 MOST = 2**31 - 1  # elements: indices are 32-bit
 _CPU, _DEVICE_TYPE = 1, 10  # DLPack's number of the CPU; TVM's of the field that says where a tensor is
 _STORED = DTYPES | {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}
+_SPELLED = {  # as TVM writes them in CUDA
+    "float32": "float", "float16": "half", "bfloat16": "nv_bfloat16", "int32": "int", "int64": "int64_t",
+    "int8": "signed char", "uint8": "uchar", "uint16": "ushort", "uint32": "uint",
+}  # fmt: skip
 _numbers = itertools.count()
 
 
@@ -64,20 +68,34 @@ def of(
     return call
 
 
-def programs(compiled: Callable[[Source], Program]) -> Callable[[cross.Lowered], Launcher]:
-    """A launcher for `of` of what a language compiles: one program for each function, when it is first launched."""
+def programs(
+    compiled: Callable[[Source, tuple[Parameter, ...]], Program],
+) -> Callable[[cross.Lowered], Launcher]:
+    """A launcher for `of` of what a language of C's kind compiles: a program for each function, at its first launch."""
 
     def launcher(lowered: cross.Lowered) -> Launcher:
         made: dict[str, Program] = {}
 
         def launch(name: str, args: list[Any], grid: Any, block: Any, text: str) -> None:
             if name not in made:
-                made[name] = compiled(Source(text, name, f"<generated {lowered.gpu.language}>", 1))
-            made[name].run(args, Launch(grid, block))
+                parameters = tuple(map(_parameter, itertools.count(), lowered.functions[name].parameters))
+                made[name] = compiled(Source(text, name, f"<generated {lowered.gpu.language}>", 1), parameters)
+            made[name].run([_known(each) for each in args], Launch(grid, block))
 
         return launch
 
     return launcher
+
+
+def _parameter(index: int, kind: str) -> Parameter:
+    dtype = kind.removesuffix("*")
+    known = dtype if dtype in DTYPES else "uint8"
+    return Parameter(f"p{index}", _SPELLED.get(dtype, dtype), known, kind.endswith("*"), False)
+
+
+def _known(value: Any) -> Any:
+    """An array in a dtype of Limpid's: of others as bytes."""
+    return value if not isinstance(value, np.ndarray) or value.dtype.name in DTYPES else value.view("uint8")
 
 
 def run(lowered: cross.Lowered, launch: Launcher) -> Callable[..., None]:
