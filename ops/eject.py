@@ -8,6 +8,7 @@ stay open, all others, dtypes and constants are in the text, and in its `where=`
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import tempfile
@@ -163,4 +164,18 @@ def _c_body(text: str) -> str:
     return re.sub(r"\binff?\b", "INFINITY", body).replace("return -1;", "return;")
 
 
-_WRITERS: dict[str, Callable[[Op, build.Request], str]] = {"c": _c, "tvmscript": _tvmscript}
+def _gpu(op: Op, request: build.Request, language: str) -> str:
+    from .eject_gpu import kernel
+
+    name = f"{op.name}_{language}"
+    text, options, dims = kernel(request, language, name)
+    sizes = ", ".join(f'"{size}": {given}' for size, given in dims.items())
+    head = _head(request, language, "import ops\n", [*options, *[f"dims={{{sizes}}}"] * bool(dims)])
+    return f"{head}def {name}():\n    r'''\n{text.strip()}\n'''\n"
+
+
+_WRITERS: dict[str, Callable[[Op, build.Request], str]] = {
+    "c": _c,
+    "tvmscript": _tvmscript,
+    **{language: functools.partial(_gpu, language=language) for language in ("cuda", "metal", "wgsl", "opencl")},
+}

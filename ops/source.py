@@ -23,12 +23,13 @@ def source(request: Request, language: str) -> Text:
     if language not in LANGUAGES:
         raise KernelError(f"no source in {language!r}; known are {', '.join(map(repr, LANGUAGES))}")
     if language in _GPUS:
-        return Text(_of_gpu(request, language))
+        return Text(_of_gpu(request, language), language)
     if language == "c":
         with named(request):
             generated = tvm.compile(request.blocks().with_attr("global_symbol", request.op.name), target="c")
-        return Text(generated.mod.inspect_source())
-    return Text(compiled_for_cpu(request).mod.inspect_source("ll" if language == "llvm" else "asm"))
+        return Text(generated.mod.inspect_source(), "c")
+    text = compiled_for_cpu(request).mod.inspect_source("ll" if language == "llvm" else "asm")
+    return Text(text, language)
 
 
 def _of_gpu(request: Request, language: str) -> str:

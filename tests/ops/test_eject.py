@@ -39,6 +39,25 @@ def test_every_op_swaps_in_unchanged(name, language, tmp_path):
     assert swap.hits == 1 and swap.checked >= 1 and swap.state == "checking"
 
 
+@pytest.mark.parametrize("language", ["cuda", "metal", "wgsl", "opencl"])
+@pytest.mark.parametrize("name", ["rms_norm", "silu_mul", "softmax", "linear", "rope", "attention", "cache_write"])
+def test_gpu_kernels_swap_in_unchanged(name, language, tmp_path):
+    package = {"wgsl": "wgpu", "opencl": "pyopencl"}.get(language)
+    if package:
+        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[{language}]'")
+    op = registry[name]
+    args, constants = next(
+        (args, constants)
+        for args, constants in reversed(examples.of(op))
+        if all(each.spec.format is None for each in args if isinstance(each, ops.Tensor))
+    )
+    path = tmp_path / "mine.py"
+    op.eject(language, *args, path=path, **constants)
+    swap = getattr(imported(path), f"{name}_{language}")
+    op(*args, **constants)
+    assert swap.hits == 1 and swap.checked >= 1
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_dtypes_in_c(dtype, tmp_path):
     for op in (ops.rms_norm, ops.silu, ops.softmax):
