@@ -32,6 +32,8 @@ def kernel(request: build.Request, language: str, name: str) -> tuple[str, list[
     passed, launched = _launch(lowered, described)
     launch = {tag: _python(each, sizes, {}) for tag, each in zip(described.launch, launched, strict=True)}
     text = re.sub(rf"\b{function}(_args_t)?\b", rf"{name}\1", lowered.text)
+    for ours in arrays.values():  # TVM's own variables of that name; a member, as in threadIdx.x, is none
+        text = re.sub(rf"(?<![.\w]){ours}\b", f"{ours}_", text)
     for tvms, ours in arrays.items():
         text = re.sub(rf"\b{tvms}_ptr\b", ours, text)
     grid, block = ([launch.get(f"{kind}.{axis}", "1") for axis in "xyz"] for kind in ("blockIdx", "threadIdx"))

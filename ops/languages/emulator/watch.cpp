@@ -285,7 +285,8 @@ void watch_launch(void** values, const uint64_t* sizes, const Kernel& k) {
 void watch_finish() {
   for (uint32_t i = 0; i < region_count; ++i) {
     Region& r = regions[i];
-    if (r.written && !failed()) memcpy(r.given, reinterpret_cast<const void*>(r.array.begin), r.array.bytes);
+    const void* now = reinterpret_cast<const void*>(r.array.begin);  // what has not changed may be read only
+    if (r.written && !failed() && memcmp(r.given, now, r.array.bytes)) memcpy(r.given, now, r.array.bytes);
     if (r.mapped) munmap(r.mapped, r.reserved);
     if (r.cells) munmap(r.cells, r.cell_bytes);
   }
