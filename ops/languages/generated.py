@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,68 @@ _WORKGROUPS = 65535  # along an axis, that every device of WebGPU has
 _POISON = 0xFF  # bytes of a NaN
 
 
+class Launches:
+    """Launches generated kernels by their text, in "wgsl" or "opencl", as `hosted` asks for it; programs are kept."""
+
+    def __init__(self, language: str):
+        self._language = _LANGUAGES[language]()
+        self._programs: dict[tuple[str, str], tuple[tuple[Parameter, ...], Program]] = {}
+
+    def __call__(self, name: str, args: Sequence[Any], grid: Sequence[int], block: Sequence[int], text: str) -> None:
+        """Launch the function `name` of a text on arrays and numbers. Raises SourceError or LaunchError."""
+        parameters, program = self.program(name, text)
+        packed = {_PACKED: grid[0] - 1}
+        if any(each.name == _PACKED for each in parameters):
+            grid = _spread(*grid)
+        own = [each for each in parameters if each.name not in packed]
+        given = {each.name: _value(each, value) for each, value in zip(own, args, strict=True)} | packed
+        program.run([given[each.name] for each in parameters], Launch(_three(grid), _three(block)))
+
+    def program(self, name: str, text: str) -> tuple[tuple[Parameter, ...], Program]:
+        """A kernel's parameters and its compiled program."""
+        if (name, text) not in self._programs:
+            right = mended(text) if self._language.name == "wgsl" else text
+            source = Source(right, name, f"<{self._language.name} of {name}>", 1)
+            parameters = self._language.parse(source)
+            if parameters is None:
+                raise KernelError(f"the generated source has no kernel {name}")
+            self._programs[name, text] = parameters, self._language.compile(source, parameters)
+        return self._programs[name, text]
+
+
+def mended(text: str) -> str:
+    """WGSL as TVM writes it, less what WGSL has not: the least int32 as a literal (its sign is an operator), `inff`."""
+    text = text.replace("-2147483648i", "(-2147483647i - 1i)")
+    infinite = re.sub(r"\binff\b", "infinity_()", text)
+    if infinite == text:
+        return text
+    # No constant may be infinite, so it is made when the kernel runs.
+    return infinite.rstrip() + "\n\nfn infinity_() -> f32 { var bits = 0x7f800000u; return bitcast<f32>(bits); }\n"
+
+
+def launcher(lowered: Any) -> Launches:
+    """What launches the functions of a kernel that was lowered for a GPU (`cross.Lowered`), for `hosted`."""
+    return Launches(lowered.gpu.language)
+
+
+def _value(parameter: Parameter, value: Any) -> Any:
+    if parameter.pointer and not (parameter.const or value.flags.writeable):
+        return value.copy()  # OpenCL of TVM's says of no array that it is only read
+    return value
+
+
+def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
+    x, y, z = sizes
+    return x, y, z
+
+
+def _spread(x: int, y: int, z: int) -> tuple[int, int, int]:
+    """A grid whose x is too long, spread over z, as TVM's kernels take it."""
+    while x > _WORKGROUPS:
+        x, z = -(-x // 2), z * 2
+    return x, y, z
+
+
 @dataclass
 class Generated:
     """Kernels of one function. `language` is "wgsl" or "opencl", `source` their text, `host` TVM's function that
@@ -39,7 +101,9 @@ class Generated:
     language: str
     source: str
     host: Any
-    _programs: dict[str, tuple[tuple[Parameter, ...], Program]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.launch = Launches(self.language)
 
     def run(self, *values: np.ndarray | int | float) -> None:
         """Compute, on arrays in place: the inputs, then the outputs. Raises LaunchError, SourceError or KernelError."""
@@ -47,18 +111,7 @@ class Generated:
         for statement in _statements(self.host.body):
             host.carry_out(statement)
 
-    def program(self, name: str) -> tuple[tuple[Parameter, ...], Program]:
-        """A kernel's parameters and its compiled program."""
-        if name not in self._programs:
-            language = _LANGUAGES[self.language]()
-            source = Source(self._text(name), name, f"<{self.language} of {name}>", 1)
-            parameters = language.parse(source)
-            if parameters is None:
-                raise KernelError(f"the generated source has no kernel {name}")
-            self._programs[name] = parameters, language.compile(source, parameters)
-        return self._programs[name]
-
-    def _text(self, name: str) -> str:
+    def text(self, name: str) -> str:
         """The text of one kernel: in WGSL each is a text of its own, and their bindings have the same places."""
         if self.language != "wgsl":
             return self.source
@@ -97,9 +150,7 @@ def generate(function: Any, language: str, target: Any = None) -> Generated:
         raise SourceError(
             f"{name} has a loop that is not bound to blockIdx or threadIdx: {', '.join(strange)} on the host"
         )
-    # TVM writes the least int32 as a literal that is none in WGSL, where the sign is an operator.
-    source = compiled.mod.imports[0].inspect_source().replace("-2147483648i", "(-2147483647i - 1i)")
-    return Generated(language, source, hosts[0])
+    return Generated(language, compiled.mod.imports[0].inspect_source(), hosts[0])
 
 
 _CARRIED_OUT = {"Bind", "AllocBuffer", "DeclBuffer", "Evaluate"}
@@ -179,33 +230,12 @@ class _Host:
         name, arguments = str(call.args[0].value), call.args[1 : len(call.args) - len(tags)]
         sizes = {tag: int(self.number(each)) for tag, each in zip(tags, call.args[-len(tags) :], strict=True)}
         grid, block = ([sizes.get(f"{of}.{axis}", 1) for axis in "xyz"] for of in ("blockIdx", "threadIdx"))
-        parameters, program = self.generated.program(name)
-        packed = {_PACKED: grid[0] - 1}
-        if any(each.name == _PACKED for each in parameters):
-            grid = _spread(grid)
-        own = [each for each in parameters if each.name not in packed]
-        given = {each.name: self._value(each, value) for each, value in zip(own, arguments, strict=True)} | packed
-        program.run([given[each.name] for each in parameters], Launch(_three(grid), _three(block)))
+        given = [self.number(each) if _is_number(each) else self._array(each) for each in arguments]
+        self.generated.launch(name, given, grid, block, self.generated.text(name))
 
-    def _value(self, parameter: Parameter, argument: Any) -> Any:
-        if not parameter.pointer:
-            return self.number(argument)
-        array = self._array(argument)
-        # OpenCL of TVM's says of no array that it is only read.
-        return array if parameter.const or array.flags.writeable else array.copy()
+
+def _is_number(argument: Any) -> bool:
+    return getattr(getattr(argument, "op", None), "name", "") != "tirx.buffer_data"
 
 
 _LAUNCH = tvm.ir.Op.get("tirx.call_ffi_kernel")
-
-
-def _three(sizes: Sequence[int]) -> tuple[int, int, int]:
-    x, y, z = sizes
-    return x, y, z
-
-
-def _spread(grid: list[int]) -> list[int]:
-    """A grid whose x is too long, spread over z, as TVM's kernels take it."""
-    x, y, z = grid
-    while x > _WORKGROUPS:
-        x, z = -(-x // 2), z * 2
-    return [x, y, z]
