@@ -126,13 +126,12 @@ def _check(argument: Any) -> None:
     """What GPU kernels take for granted of a tensor."""
     if not hasattr(argument, "__dlpack__"):
         return
-    tensor = tvm_ffi.from_dlpack(argument)
+    tensor: Any = tvm_ffi.from_dlpack(argument)
+    shown = f"an argument of shape {list(tensor.shape)}"
     if tensor.data_ptr() % ALIGNMENT:
-        raise KernelError(f"an argument begins at an address that is no multiple of {ALIGNMENT} bytes: copy it")
-    if int(np.prod(tensor.shape)) > MOST:
-        raise KernelError(
-            f"an argument of shape {list(tensor.shape)} has more than {MOST} elements, too many for a GPU"
-        )
+        raise KernelError(f"{shown} begins at an address that is no multiple of {ALIGNMENT} bytes: copy it")
+    if math.prod(tensor.shape) > MOST:
+        raise KernelError(f"{shown} has more than {MOST} elements, too many for a GPU kernel: split it")
 
 
 def _launching(name: str, lowered: cross.Lowered, launch: Launcher) -> Callable[..., int]:
@@ -164,7 +163,8 @@ def _array(pointer: Any, size: int, dtype: str) -> np.ndarray:
     address = pointer.value if isinstance(pointer, ctypes.c_void_p) else pointer
     if not address or not size:
         return np.empty(0, _STORED[dtype])
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), "uint8").view(_STORED[dtype])
+    memory: Any = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(memory, "uint8").view(_STORED[dtype])
 
 
 def _on_cpu(body: Any, names: dict[str, str]) -> Any:

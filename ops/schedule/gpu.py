@@ -212,7 +212,7 @@ def _element_wise(sch: s_tir.Schedule, block: _Block, gpu: Gpu) -> None:
         return
     outer, inner = sch.split(loops[-1], [None, VECTOR])
     own = [i for i, each in enumerate(block.node.reads) if _is_along(block, each.source)]
-    loaded = [sch.cache_read(block.handle, i, "local") for i in own]
+    loaded = [sch.cache_read(block.handle, i, "local", consumer_blocks=[block.handle]) for i in own]
     stored = sch.cache_write(block.handle, 0, "local")
     _, thread = _bind_elements(sch, [*loops[:-1], outer], gpu)
     for each in loaded:

@@ -32,7 +32,7 @@ def requests(name, dtype):
 def generated(name, dtype, language):
     """The text of each kernel; None for those that hold a dtype which the language lacks."""
     with target.building_for_gpu(language) as gpu:
-        for request in requests(name, dtype):
+        for request in requests(name, dtype)[::3]:  # the other tests take all
             held = {*[spec.dtype for spec in (*request.specs, *request.outputs) if isinstance(spec, ops.Spec)]}
             if lacking := sorted(held & gpu.lacks.keys()):
                 with pytest.raises(KernelError, match=rf"{name}\(.*{language} has no ({'|'.join(lacking)}): "):
