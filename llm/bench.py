@@ -55,6 +55,7 @@ def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool, t
         "decode": decode,
         "prefill": prefill,
         "debug": lambda case: _debug(case, tools()),
+        "swap": lambda case: _swap(),
     }
     if what not in benches:
         raise UserError(f"bench {what}: expected {', '.join(benches)}")
@@ -106,6 +107,12 @@ def _debug(case: Case, tools: Any) -> dict[str, Any]:
     from .bench_debug import measure
 
     return measure(case, tools)
+
+
+def _swap() -> dict[str, Any]:
+    from .bench_swap import measure
+
+    return measure()
 
 
 def gemv(case: Case) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def info(
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="dispatch, ops, gemv, decode, prefill or debug")
+        str, typer.Argument(metavar="WHAT", help="dispatch, ops, gemv, decode, prefill, debug or swap")
     ] = "decode",
     shape: Annotated[str, _option("--shape", metavar="NAME", help="tiny, 135m, llama-1b or 3b")] = "tiny",
     dtype: Annotated[str, _option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16")] = "float32",

@@ -27,7 +27,7 @@ from .attention_steps import (
 from .errors import KernelError, ShapeError
 from .op import like, op
 from .reduce import softmax
-from .schedule import flash, flash_decode, flash_prefill
+from .schedule import flash, flash_decode, flash_prefill, gpu_attention
 from .schedule.flash import LOWEST, capped, seen
 from .spec import Dim
 from .tensor import Tensor
@@ -111,7 +111,7 @@ def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
             with T.sblock("top"):
                 vi, vh, vp = T.axis.remap("SSR", [i, h, p])
                 with T.init():
-                    top[vi, vh] = T.float32(LOWEST)
+                    top[vi, vh] = T.min_value("float32")
                 top[vi, vh] = T.max(top[vi, vh], score[vi, vh, vp])
         for i, h, p in T.grid(n, heads, t):
             with T.sblock("weight"):
@@ -154,32 +154,50 @@ def _without(function: Any, index: int) -> Any:
     return tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
 
 
-@attention.template("cpu")
-def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
+def _problem(q, k, v, positions, sinks, out, constants: dict[str, Any]) -> flash.Problem:
+    """In an IRBuilder: the parameters of a prim_func, tokens and keys left open where they are."""
     n, t = (s if isinstance(s, int) else tirx.Var(s.name, "int64") for s in (q.shape[0], k.shape[0]))
 
     def buffer(name: str, spec: Any, size: Any) -> Any:
         return B.arg(name, B.buffer((size, *spec.shape[1:]), spec.dtype, align=spec.itemsize))
 
+    B.func_name("attention")
+    return flash.Problem(
+        q=buffer("q", q, n),
+        k=buffer("k", k, t),
+        v=buffer("v", v, t),
+        positions=buffer("positions", positions, n),
+        sinks=sinks and buffer("sinks", sinks, sinks.shape[0]),
+        out=buffer("out", out, n),
+        lanes=target.lanes(),
+        **constants,
+    )
+
+
+@attention.template("cpu")
+def _(q, k, v, positions, sinks, out, **constants):
     with IRBuilder() as builder, B.prim_func(s_tir=True):
-        B.func_name("attention")
-        problem = flash.Problem(
-            q=buffer("q", q, n),
-            k=buffer("k", k, t),
-            v=buffer("v", v, t),
-            positions=buffer("positions", positions, n),
-            sinks=sinks and buffer("sinks", sinks, sinks.shape[0]),
-            out=buffer("out", out, n),
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            lanes=target.lanes(),
-        )
+        problem = _problem(q, k, v, positions, sinks, out, constants)
         problem.check_positions()
         if q.shape[0] == 1 and flash_decode.applies(problem):
             flash_decode.emit(problem)
         else:
             flash_prefill.emit(problem, q.shape[0].high if isinstance(q.shape[0], Dim) else q.shape[0])
+    return builder.get()
+
+
+@attention.template("check")
+def _(q, k, v, positions, sinks, out, **constants):
+    """For the CPU, in front of a GPU's kernel."""
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        _problem(q, k, v, positions, sinks, out, constants).check_positions()
+    return builder.get()
+
+
+@attention.template("gpu")
+def _(q, k, v, positions, sinks, out, **constants):
+    with IRBuilder() as builder, B.prim_func(s_tir=True):
+        gpu_attention.emit(_problem(q, k, v, positions, sinks, out, constants))
     return builder.get()
 
 

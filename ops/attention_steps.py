@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from .errors import DTypeError, ShapeError
 from .op import like, op
-from .schedule.flash import LOWEST, capped, seen
+from .schedule.flash import capped, seen
 from .spec import FLOATS
 from .tensor import Tensor
 from .tir import exp
@@ -161,7 +161,7 @@ def _(x, sinks, out):
             with T.sblock("top"):
                 vi, vh, vp = T.axis.remap("SSR", [i, h, p])
                 with T.init():
-                    top[vi, vh] = T.float32(LOWEST)
+                    top[vi, vh] = T.min_value("float32")
                 top[vi, vh] = T.max(top[vi, vh], X[vi, vh, vp])
         for i, h, p in T.grid(n, heads, t):
             with T.sblock("weight"):

@@ -22,20 +22,12 @@ from tvm.support import cc
 from . import store, target
 from .digest import source_digest
 from .errors import KernelError
+from .listing import Text
 from .progress import tracked
 from .spec import DTYPES, Dim, Spec
 
 if TYPE_CHECKING:
     from .op import Op
-
-
-class Text(str):
-    """Source text whose repr is the text itself, so that a prompt or a notebook shows it."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 @dataclass(frozen=True)
@@ -74,33 +66,54 @@ class Request:
         parts = (self.op.name, self.arguments, source_digest(self.op.builders), target.describe(), _versions())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
+    @property
+    def outputs(self) -> tuple[Spec, ...]:
+        """The specs of what the op gives."""
+        return self.op._outputs(self.specs, self.constants)
+
     def blocks(self) -> Any:
         """The op's block definition, unscheduled and without regard to a target."""
         if self.op._kernel is None:
             raise KernelError(f"{self.op.name} has no kernel; register one with @{self.op.name}.kernel")
-        function = self._build(self.op._kernel)
-        return function.with_attr("has_template", True) if self.op._templates else function
+        function = self.build(self.op._kernel)
+        return function.with_attr("has_template", True) if "cpu" in self.op._templates else function
 
     def scheduled(self) -> Any:
         """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
-        template = self.op._templates.get("cpu")
-        function = self._build(template) if template else None
-        return self.rule_scheduled() if function is None else function
+        from .schedule import gpu
+
+        device = target.gpu()
+        template = self.op._templates.get("cpu" if device is None else "gpu")
+        if device is not None:
+            self._check_dtypes(device)
+        function = self.build(template) if template else None
+        if function is None:
+            return self.rule_scheduled()
+        return function if device is None else gpu.narrow(function)
 
     def rule_scheduled(self) -> Any:
         """The blocks, scheduled by the rule, whether the op has a template or not."""
-        from .schedule import cpu
+        from .schedule import cpu, gpu
 
-        return cpu.schedule(self.blocks(), self._rows())
+        device = target.gpu()
+        return cpu.schedule(self.blocks(), self._rows()) if device is None else gpu.schedule(self.blocks(), device)
+
+    def _check_dtypes(self, device: target.Gpu) -> None:
+        """Raise KernelError for an argument, or an output, that the GPU's language cannot hold."""
+        try:
+            device.check(each.dtype for each in (*self.specs, *self.outputs) if isinstance(each, Spec))
+        except KernelError as error:
+            raise KernelError(f"{self.op.name}({self.arguments}): {error}") from None
 
     def _rows(self) -> int:
         """The least size of the first open dimension."""
         sizes = [spec.shape[0] for spec in self.specs if isinstance(spec, Spec) and spec.shape]
         return next((size.low for size in sizes if isinstance(size, Dim)), 1)
 
-    def _build(self, builder: Callable) -> Any:
+    def build(self, builder: Callable) -> Any:
+        """What a builder of the op makes of the specs; None where it does not apply."""
         missing = (None,) * (len(self.op.parameters) - len(self.specs))
-        outputs = self.op._outputs(self.specs, self.constants)
+        outputs = self.outputs
         primfunc = builder(*self.specs, *missing, *outputs, **self.constants)
         return primfunc and _fixed(primfunc, [s for s in (*self.specs, *outputs) if s is not None])
 
@@ -142,7 +155,7 @@ def _load_or_compile(request: Request, key: str) -> Callable:
             except Exception as error:  # a file of the right digest that still does not load
                 reason = f"the cached kernel does not load: {error}"
         started = time.perf_counter()
-        executable = _compile(request)
+        executable = compiled_for_cpu(request)
         log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
         linked = []
 
@@ -173,15 +186,18 @@ def _write(module: Any, folder: Path) -> Path:
     return code
 
 
-def _compile(request: Request) -> Any:
-    with _named(request):
+def compiled_for_cpu(request: Request) -> Any:
+    """What TVM makes of the kernel for the CPU at hand, or the one of `target.building_for`."""
+    if (device := target.gpu()) is not None:
+        raise KernelError(f"{request.op.name}: kernels for {device.language} are built by ops.cross, and not run here")
+    with named(request):
         primfunc = request.scheduled()
         _check_alignment(request.op.name, primfunc)
         return tvm.compile(primfunc.with_attr("global_symbol", request.op.name), target=target.host())
 
 
 @contextmanager
-def _named(request: Request) -> Iterator[None]:
+def named(request: Request) -> Iterator[None]:
     """Errors of TVM, and of builders, say which kernel it was."""
     try:
         yield
@@ -243,18 +259,7 @@ def prepare(requests: Iterable[Request], progress: bool = True) -> int:
 
 def tir(request: Request) -> Text:
     """TVMScript of the op's block definition."""
-    return Text(request.blocks().script())
-
-
-def source(request: Request, language: str) -> Text:
-    """Generated code: "llvm", "asm" (as this machine runs it) or "c" (from the block definition)."""
-    if language == "c":
-        with _named(request):
-            generated = tvm.compile(request.blocks().with_attr("global_symbol", request.op.name), target="c")
-        return Text(generated.mod.inspect_source())
-    if language not in ("llvm", "asm"):
-        raise KernelError(f"no source in {language!r}; known are 'llvm', 'asm' and 'c'")
-    return Text(_compile(request).mod.inspect_source("ll" if language == "llvm" else "asm"))
+    return Text(request.blocks().script(), "tvmscript")
 
 
 @functools.cache

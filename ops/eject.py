@@ -20,6 +20,7 @@ from .errors import OpError
 from .languages.base import Language, Options, Parameter
 from .languages.binding import held, output_names
 from .op import Op
+from .source import source
 from .spec import Dim, Spec
 
 _HEAD = '''"""{op}, as TVM generates it in {language} for {arguments}.
@@ -40,7 +41,7 @@ def eject(op: Op, language: str, args: tuple, constants: dict[str, Any], path: s
     """See `Op.eject`."""
     if language not in _WRITERS:
         raise OpError(f"{op.name} ejects to {', '.join(map(repr, _WRITERS))}, not to {language!r}")
-    text = build.Text(_WRITERS[language](op, op._request(args, constants)))
+    text = build.Text(_WRITERS[language](op, op._request(args, constants)), "python")
     if path is not None:
         _write(Path(path), text)
     return text
@@ -104,7 +105,7 @@ def _c(op: Op, request: build.Request) -> str:
     from .languages.c import C
 
     name = f"{op.name}_c"
-    body = _c_body(str(build.source(request, "c")))
+    body = _c_body(str(source(request, "c")))
     parameters, dims, views = _signature(op, request, C(Options()))
     for tvms, _, _ in views:  # TVM's arrays are of other types than the op's, or named otherwise
         body = re.sub(rf"\b{tvms}\b", f"{tvms}_", body)

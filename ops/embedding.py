@@ -107,7 +107,9 @@ def _(ids, weight, out, dtype):
             with builder.Assert(known, f"ids hold a value outside [0, {vocabulary})"):
                 builder.evaluate(0)
         with tir.block("embedding", (n, width)) as (token, column):
-            row = named[token].astype("int64")
+            row = named[token]
+            if weight.format is None or weight.nbytes >= 2**31:
+                row = row.astype("int64")
             value = rows[row, column] if weight.format is None else packed.Weight(rows, weight).value(row, column)
             builder.buffer_store(target, value.astype(out.dtype), (token, column))
     return ir.get()

@@ -9,11 +9,11 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from . import packed, tir
+from . import packed, target, tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
 from .quantize import FORMATS, round_activations
-from .schedule import gemm, quantized
+from .schedule import gemm, gpu, gpu_matmul, quantized
 from .spec import FLOATS, Dim, Spec
 from .tensor import Tensor
 
@@ -93,6 +93,28 @@ def _(x, weight, bias, out):
         else:
             quantized.emit(quantized.Product(X, W, Y, n, low, high, weight.shape[0], weight.format, add_bias))
     return builder.get()
+
+
+@linear.template("gpu")
+def _(x, weight, bias, out):
+    """Tiles or warps, and a thread an element for a packed weight; None when the weight has no rows."""
+    if weight.shape[0] == 0:
+        return None
+    size = x.shape[0]
+    low, high = (size.low, size.high) if isinstance(size, Dim) else (size, size)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        X, W, B, Y = _arguments(x, weight, bias, out)
+
+        def add_bias(_: Any, row: Any, value: Any) -> Any:
+            return value if B is None else value + tir.f32(B[row])
+
+        product = gemm.Product(X, W, Y, X.shape[0], low, high, add_bias)
+        if weight.format is None:
+            gpu_matmul.emit(product)
+        else:
+            gpu_matmul.packed_product(product, packed.Weight(W, weight))
+    device = target.gpu()
+    return builder.get() if weight.format is None or device is None else gpu.schedule(builder.get(), device)
 
 
 def _arguments(x: Spec, weight: Spec, bias: Spec | None, out: Spec) -> tuple[Any, Any, Any, Any]:

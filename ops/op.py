@@ -268,7 +268,8 @@ class Op(OpTools, Generic[P, R]):
         return builder
 
     def template(self, device: str) -> Callable[[Callable], Callable]:
-        """Registers a fast kernel for a kind of device; it may return None where it does not apply."""
+        """Registers a fast kernel for "cpu" or "gpu"; it may return None where it does not apply. "check": the checks
+        of arguments' values that run in front of a GPU's kernel, where the block definition has none."""
 
         def register(builder: Callable) -> Callable:
             self._templates[device] = builder

@@ -100,5 +100,7 @@ class OpTools:
         return build.tir(self._request(args, constants))
 
     def source(self: Op, language: str, *args: Any, **constants: Any) -> build.Text:
-        """Generated code for these arguments' shapes: "llvm", "asm" or "c"."""
-        return build.source(self._request(args, constants), language)
+        """Generated code for these arguments' shapes, in one of `ops.source.LANGUAGES`; needs no GPU."""
+        from .source import source
+
+        return source(self._request(args, constants), language)

@@ -72,7 +72,7 @@ class Weight:
         bits = self.buffer[at].astype(kind)
         for i in range(1, size):
             bits = bits | (self.buffer[at + i].astype(kind) << tirx.const(8 * i, kind))
-        return tirx.reinterpret(form.scale, bits).astype("float32")
+        return tir.half(bits) if kind == "uint16" and form.scale == "float16" else tirx.reinterpret(form.scale, bits)
 
     def _record(self, row: Any, group: Any) -> Any:
         return (row // self.lanes * self.groups + group) * self.form.record(self.lanes)
@@ -109,10 +109,9 @@ def quantized(x: Any, n: Any, k: int, form: Format) -> tuple[Any, Any, Any]:
     codes = T.sblock_alloc_buffer((n, k), "int8")
     with tir.block("codes", (n, k)) as (token, column):
         group = column // form.group
-        # In float64 the product is exact, and rounded once.
-        inverse = (tir.f32(127.0) / tirx.reinterpret("float32", largest[token, group])).astype("float64")
-        scaled = tirx.nearbyint(x[token, column].astype("float32").astype("float64") * inverse)
-        code = tirx.Select(used(token, group), scaled, tirx.const(0, "float64"))
+        inverse = tir.f32(127.0) / tirx.reinterpret("float32", largest[token, group])
+        scaled = tir.rounded_product(x[token, column].astype("float32"), inverse)
+        code = tirx.Select(used(token, group), scaled, tirx.const(0, str(scaled.ty.dtype)))
         T.buffer_store(codes, code.astype("int8"), [token, column])
 
     def add(total: Any, at: tuple) -> Any:

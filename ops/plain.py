@@ -14,6 +14,8 @@ def plain(shown: Any, width: int) -> str:
     Also in a notebook, where rich would put it on the page at once instead of giving it.
     """
     out = io.StringIO()
-    console = Console(file=out, width=width, highlight=False, markup=False, no_color=True, force_jupyter=False)
+    console = Console(
+        file=out, width=width, highlight=False, markup=False, no_color=True, force_jupyter=False, force_terminal=False
+    )
     console.print(shown)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

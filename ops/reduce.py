@@ -222,3 +222,80 @@ def _(x, values, indices, *, k):
                     V[vi, j] = X[vi, I[vi, j]]
 
     return top_k
+
+
+@top_k.template("gpu")
+def _(x, values, indices, *, k):
+    """A thread block a row: k times the best of those that come after the last one, by value and then by index."""
+    width, dtype, threads = x.shape[-1], x.dtype, min(256, 32 * -(-x.shape[-1] // 32))
+
+    @T.prim_func(s_tir=True)
+    def top_k(x_: T.handle, values_: T.handle, indices_: T.handle):
+        n = T.int64()
+        X = T.match_buffer(x_, (n, width), dtype, align=x.itemsize)
+        V = T.match_buffer(values_, (n, k), dtype, align=values.itemsize)
+        I = T.match_buffer(indices_, (n, k), "int32", align=indices.itemsize)  # noqa: E741
+        last = T.sblock_alloc_buffer((n, 2), "int32", scope="local")  # rank and index, known to every thread
+        rank = T.sblock_alloc_buffer((n,), "int32", scope="local")
+        index = T.sblock_alloc_buffer((n,), "int32", scope="local")
+        for i in T.thread_binding(n, "blockIdx.x"):
+            for _first in T.thread_binding(threads, "threadIdx.x"):
+                with T.sblock("first"):
+                    vi = T.axis.spatial(n, i)
+                    last[vi, 0] = T.int32(_NAN)
+                    last[vi, 1] = T.int32(-1)
+            for j in T.serial(k):
+                for outer in T.serial(T.ceildiv(width, threads)):
+                    for inner in T.thread_binding(threads, "threadIdx.x"):
+                        with T.sblock("rank"):
+                            vi = T.axis.spatial(n, i)
+                            vc = T.axis.reduce(width, outer * threads + inner)
+                            T.where(outer * threads + inner < width)
+                            with T.init():
+                                rank[vi] = T.min_value("int32")
+                            rank[vi] = T.max(
+                                rank[vi],
+                                T.if_then_else(
+                                    _after(_rank(T.Cast("float32", X[vi, vc])), vc, last[vi, 0], last[vi, 1]),
+                                    _rank(T.Cast("float32", X[vi, vc])),
+                                    T.min_value("int32"),
+                                ),
+                            )
+                for outer in T.serial(T.ceildiv(width, threads)):
+                    for inner in T.thread_binding(threads, "threadIdx.x"):
+                        with T.sblock("index"):
+                            vi = T.axis.spatial(n, i)
+                            vc = T.axis.reduce(width, outer * threads + inner)
+                            T.where(outer * threads + inner < width)
+                            with T.init():
+                                index[vi] = T.max_value("int32")
+                            index[vi] = T.min(
+                                index[vi],
+                                T.if_then_else(
+                                    T.And(
+                                        _rank(T.Cast("float32", X[vi, vc])) == rank[vi],
+                                        _after(rank[vi], vc, last[vi, 0], last[vi, 1]),
+                                    ),
+                                    vc,
+                                    T.max_value("int32"),
+                                ),
+                            )
+                for _next in T.thread_binding(threads, "threadIdx.x"):
+                    with T.sblock("next"):
+                        vi = T.axis.spatial(n, i)
+                        last[vi, 0] = rank[vi]
+                        last[vi, 1] = index[vi]
+                for thread in T.thread_binding(threads, "threadIdx.x"):
+                    with T.sblock("take"):
+                        vi = T.axis.spatial(n, i)
+                        vj = T.axis.spatial(k, j)
+                        T.where(thread < 1)
+                        V[vi, vj] = X[vi, index[vi]]
+                        I[vi, vj] = index[vi]
+
+    return top_k
+
+
+def _after(rank: tirx.Expr, index: Any, last_rank: tirx.Expr, last_index: tirx.Expr) -> tirx.Expr:
+    """Whether an element comes after the last one in the order of `top_k`."""
+    return tirx.Or(rank < last_rank, tirx.And(rank == last_rank, index > last_index))

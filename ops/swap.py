@@ -262,6 +262,8 @@ def decorator(
         else:
             function = plain_function(decorated)
             name = getattr(decorated, "__name__", None) or op.name
+            if language in languages.TEXTS and not name.isidentifier():
+                raise SwapRefused(f"a kernel in {language} is called by the name of the function: use def, not {name}")
             origin = Origin(name, function, Path(file) if file is not None else None)
         recipe = Recipe(
             op, language, origin, decorated, shape, dict(dims or {}), options, selector, edge_cases

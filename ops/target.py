@@ -1,7 +1,8 @@
 """Which machine kernels are built for: its instruction set, as the schedules see it, its caches and its threads.
 
 A schedule asks for the width of a vector, the number of registers and the dot-product instruction, never for the name
-of a machine. `LIMPID_CPU` names one of `MACHINES` to build for something else than the processor at hand.
+of a machine. `LIMPID_CPU` names one of `MACHINES` to build for something else than the processor at hand, and
+`building_for_gpu` a GPU, which need not be there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import contextlib
 import contextvars
 import functools
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,99 @@ def _caches() -> dict[int, int]:
     return {level: size for level, size in found.items() if level in (1, 2, 3)}
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, as its schedules see it. `language` is what its kernels are written in; `arch` is NVIDIA's, as sm_90.
+
+    `warp` threads run in step and read each other's registers; 1 where nothing is known of them. A block has up to
+    `threads` threads and `shared` bytes of their own. `lacks` names dtypes that kernels cannot hold, each with what to
+    do instead; `apart` says that each function needs a text of its own, and `double` that there is float64.
+    """
+
+    language: str
+    kind: str  # TVM's name
+    arch: str = ""
+    warp: int = 1
+    threads: int = 256
+    shared: int = 16 * 2**10
+    lacks: dict[str, str] = field(default_factory=dict, hash=False)
+    apart: bool = False
+    double: bool = False
+
+    @functools.cached_property
+    def target(self) -> tvm.target.Target:
+        """TVM's target, with this machine as its host."""
+        attributes = {"kind": self.kind, "thread_warp_size": self.warp, "max_num_threads": self.threads}
+        if self.arch:
+            attributes["arch"] = self.arch
+        return tvm.target.Target(attributes, host=host())
+
+    @property
+    def version(self) -> int:
+        """NVIDIA's compute capability times 10, such as 90; 0 for others."""
+        return int(self.arch.removeprefix("sm_").rstrip("af") or 0)
+
+    def check(self, dtypes: Iterable[str]) -> None:
+        """Raise KernelError for a dtype that the language cannot hold."""
+        for dtype in dtypes:
+            if dtype in self.lacks:
+                raise KernelError(f"{self.language} has no {dtype}: {self.lacks[dtype]}")
+
+    def __str__(self) -> str:
+        without = f" without {', '.join(sorted(self.lacks))}" if self.lacks else ""
+        return f"{self.language} {self.arch} warp={self.warp} threads={self.threads} shared={self.shared}{without}"
+
+
+_BYTES = "it stores no single bytes; "
+GPUS: dict[str, Gpu] = {
+    each.language: each
+    for each in (
+        Gpu("cuda", "cuda", "sm_80", warp=32, threads=1024, shared=48 * 2**10, double=True),
+        Gpu("metal", "metal", warp=32, threads=256, shared=32 * 2**10),
+        Gpu("opencl", "opencl"),
+        Gpu(
+            "wgsl",
+            "webgpu",
+            apart=True,
+            lacks={
+                "bfloat16": "convert it to float16 or float32, by ops.cast or when the checkpoint is loaded",
+                "int64": "give int32",
+                "int8": f"{_BYTES}give int32",
+                "uint8": f"{_BYTES}give int32",
+                "q4": f"{_BYTES}load the weights unpacked, in float16 or float32",
+                "q8": f"{_BYTES}load the weights unpacked, in float16 or float32",
+            },
+        ),
+    )
+}
+_chosen_gpu: contextvars.ContextVar[Gpu | None] = contextvars.ContextVar("gpu", default=None)
+
+
+def gpu() -> Gpu | None:
+    """The GPU that kernels are built for now; None where that is the CPU."""
+    return _chosen_gpu.get()
+
+
+@contextlib.contextmanager
+def building_for_gpu(language: Gpu | str, arch: str = "", without: Iterable[str] = ()) -> Iterator[Gpu]:
+    """In the `with`, kernels are built for a GPU, whether there is one or not: "cuda", "metal", "opencl" or "wgsl".
+
+    `arch` is NVIDIA's architecture (default sm_80); `without` are dtypes that the device lacks, such as "float16".
+    """
+    if isinstance(language, str) and language not in GPUS:
+        raise KernelError(f"no GPU kernels in {language!r}; known are {', '.join(GPUS)}")
+    found = GPUS[language] if isinstance(language, str) else language
+    if arch and not found.arch:
+        raise KernelError(f"{found.language} has no architectures; arch is {arch!r}")
+    lacks = dict.fromkeys(without, "the device has no such arithmetic; give float32")
+    found = replace(found, arch=arch or found.arch, lacks=found.lacks | lacks)
+    token = _chosen_gpu.set(found)
+    try:
+        yield found
+    finally:
+        _chosen_gpu.reset(token)
+
+
 def host() -> tvm.target.Target:
     """TVM's target for the current machine."""
     return machine().target
@@ -183,4 +277,6 @@ def threads() -> int:
 def describe() -> str:
     """The machine as one line, part of every cache key."""
     m = machine()
+    if (device := gpu()) is not None:
+        return f"{host()} lanes={m.lanes} and {device}"
     return f"{host()} dot={m.dot} bf16={m.bf16} caches={m.l1},{m.l2},{m.l3} threads={threads()}"

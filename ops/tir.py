@@ -17,6 +17,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.tirx import builder as T
 
+from . import target
+
 # Cephes' expf: exp(f) on [-ln2/2, ln2/2] to 1 ulp or so, highest power first.
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 # erfc(z) = t P(t) exp(-z**2) with t = 1 / (1 + step z): P fitted by least squares, reweighted until the relative
@@ -161,6 +163,33 @@ def normal_cdf(x: tirx.Expr) -> tirx.Expr:
     return tirx.Select(x > _like(x, 0.0), _like(x, 1.0) - half, half)
 
 
+def half(bits: tirx.Expr) -> tirx.Expr:
+    """The float32 of a float16's bits, uint16."""
+    device = target.gpu()
+    if device is None or "float16" not in device.lacks:
+        return tirx.reinterpret("float16", bits).astype("float32")
+    wide = bits.astype("uint32")
+    sign, rest = (wide & 0x8000) << tirx.const(16, "uint32"), wide & 0x7FFF
+    # A product by 2**112 moves the exponent to its place, of subnormal numbers too; infinities and NaN keep the last.
+    moved = tirx.reinterpret("float32", rest << tirx.const(13, "uint32")) * f32(2.0**112)
+    special = (rest << tirx.const(13, "uint32")) | tirx.const(0x7F800000, "uint32")
+    value = tirx.Select(rest >= 0x7C00, special, tirx.reinterpret("uint32", moved))
+    return tirx.reinterpret("float32", sign | value)
+
+
+def rounded_product(a: tirx.Expr, b: tirx.Expr) -> tirx.Expr:
+    """a * b to the nearest integer, of a tie the even one, the product being rounded once. a, b: float32."""
+    device = target.gpu()
+    if device is None or device.double:
+        return tirx.nearbyint(a.astype("float64") * b.astype("float64"))  # where the product is exact
+    product = a * b
+    # What the product has lost decides where it is a tie, and only there: a half is a float32.
+    lost = tirx.call_pure_extern("float32", "fma", a, b, -product)
+    tie = product - tirx.floor(product) == f32(0.5)
+    away = tirx.Select(lost > f32(0.0), tirx.ceil(product), tirx.floor(product))
+    return tirx.Select(tirx.And(tie, lost != f32(0.0)), away, tirx.nearbyint(product))
+
+
 def _lower_on_cpu(name: str, function: Callable[[tirx.Expr], tirx.Expr]) -> None:
     """LLVM kernels compute float32 calls of the intrinsic by `function`, other dtypes as TVM does."""
     tvms = tvm.ir.Op.get(f"tirx.{name}").get_attr("llvm.FLowerIntrinsic")
@@ -171,5 +200,11 @@ def _lower_on_cpu(name: str, function: Callable[[tirx.Expr], tirx.Expr]) -> None
     tirx.op.register_intrin_lowering(f"tirx.{name}", target="llvm", f=lower, level=200)
 
 
+def _lower_tanh(call: tirx.Call) -> tirx.Expr:
+    return _tanh(call.args[0].astype("float32")).astype(str(call.ty.dtype))
+
+
+for _kind in ("metal", "webgpu"):  # TVM's own there cancels near 0
+    tirx.op.register_intrin_lowering("tirx.tanh", target=_kind, f=_lower_tanh, level=200)
 _lower_on_cpu("exp", _exp)
 _lower_on_cpu("tanh", _tanh)

@@ -100,7 +100,28 @@ def break_says(shown: Callable[[str], str], notebook: Any) -> None:
     assert " ".join(shown("print(hunt)").split()) == "no NaN and no infinity was born in 71 calls Tom"
 
 
-SAYS = {"1-inspect.ipynb": inspect_says, "2-break.ipynb": break_says}
+def swap_says(shown: Callable[[str], str], notebook: Any) -> None:
+    """Notebook 3: kernels in the model leave the text as it was; what is wrong is refused, and said where."""
+    assert shown("def my_norm").startswith("True")
+    assert re.search(r"my_norm +rms_norm +c +'layers\.0-3\.\*' +in use +192 ", shown("def my_norm"))
+    assert re.search(r"forgetful is wrong on an edge case: .*allowed 1e-05\n +x\[\d+\]: ", shown("def forgetful"))
+    beyond, endless, null = re.findall(r"careless on an edge case, .*\): (.*)", shown("def careless"))
+    assert re.match(r"the kernel wrote out\[\d+\], past its end \(\d+ elements?\), at Cell In\[\d+\]:\d+", beyond)
+    assert "did not end within 2 s" in endless and "null pointer (SIGSEGV)" in null
+    line = r"Cell In\[\d+\]:\d+"
+    race = rf"race on shared memory part\[32\] .*: read {line}, write {line}; a __syncthreads\(\) is missing"
+    assert re.search(race, shown('TREE.replace("BARRIER", "")'))
+    both = shown("TREE = right")
+    assert both.startswith("True") and re.search(r"tree_norm .*cuda emulated(?s:.*)\nmy_norm ", both)
+    raced = re.findall(r"^(\w+) .* right$", shown("debug.race("), re.MULTILINE)
+    assert {"own", "my_norm", "tree_norm", "reference"} <= {*raced}
+    cell = next(each for each in notebook.cells if each.source.startswith("%%kernel")).outputs[0].data
+    assert "silu_mul_cell" in cell["text/plain"] and "<svg" in cell["text/html"]
+    assert "void rms_norm_c(const float* x, const float* weight, float* out) {" in shown("eject(")
+    assert shown("restore()").startswith("True")
+
+
+SAYS = {"1-inspect.ipynb": inspect_says, "2-break.ipynb": break_says, "3-swap.ipynb": swap_says}
 
 
 def test_all_notebooks_are_checked():

@@ -142,6 +142,7 @@ class Language:
     types: ClassVar[dict[str, str]]  # spelling -> dtype
     needs_grid: ClassVar[bool] = True
     untrusted: ClassVar[bool] = True  # may take the process with it: runs in the sandbox until it is proven
+    remote: ClassVar[bool] = False  # its programs are no shared objects: another Python compiles and runs them there
 
     options: Options = field(default_factory=Options)
 

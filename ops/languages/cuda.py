@@ -80,18 +80,18 @@ class Cuda(Language):
             return cuda_driver.CudaProgram(parameters, compiled, source.entry, device)
         arch = arch or ARCHITECTURE
         compiling = emulator.compiling.submit(self._compiled, source, arch)  # beside the emulator's compiler
-        made = emulated = None
+        made = failed = None
         try:
-            made = emulator.program("cuda.h", with_dynamic(source), parameters)
+            made = emulated(source, parameters, self.options.flags)
         except SourceError as error:
-            emulated = error
+            failed = error
         try:
             compiled, note = compiling.result(), f"emulated on the CPU; NVRTC compiles it for {arch}"
         except nvrtc.Missing as error:
             compiled, note = None, f"emulated on the CPU; no CUDA compiler has seen it: {error}"
         if made is None:
             at = "" if compiled is None else "this compiles for a GPU, but the emulator cannot run it:\n"
-            raise SourceError(f"{at}{emulated}")
+            raise SourceError(f"{at}{failed}")
         return EmulatedCuda(made, compiled, note)
 
     def _compiled(self, source: Source, arch: str) -> nvrtc.Compiled:
@@ -112,6 +112,12 @@ class EmulatedCuda(emulator.EmulatedProgram):
 
     def sources(self) -> dict[str, str]:
         return cuda_driver.listings(self.compiled) if self.compiled else {}
+
+
+def emulated(source: Source, parameters: Sequence[Parameter], flags: Sequence[str] = ()) -> emulator.EmulatedProgram:
+    """A text as a program of the CPU, whether or not NVRTC compiles it. Of NVRTC's flags, macros are heard."""
+    macros = [flag for flag in flags if flag.startswith(("-D", "-U"))]
+    return emulator.program("cuda.h", with_dynamic(source), parameters, options=macros)
 
 
 def prelude(text: str) -> str:
@@ -135,12 +141,15 @@ _INTEGERS = {
 
 def exported(source: Source) -> Source:
     """The entry with its plain name in the machine code, whether or not the text says `extern "C"`."""
-    entry = next(each for each in signature.functions(source) if each.name == source.entry)
-    if re.search(r'extern\s*"', entry.before) or re.search(r'extern\s*"C"\s*\{', source.text):
+    blank = signature.blanked(source.text)
+    before = [each.before for each in signature.functions(source) if each.name == source.entry]
+    if any("extern" in each for each in before) or re.search(r'\bextern\s*"[^"]*"\s*\{', blank):
         return source
-    match = re.compile(r"\b__global__\b").search(source.text, source.text.rfind("__global__", 0, entry.offset))
-    assert match is not None  # the dialect asks for it
-    return replace(source, text=f'{source.text[: match.start()]}extern "C" {source.text[match.start() :]}')
+    declared = re.compile(rf"\b__global__\b(?=[^;{{}}]*\b{source.entry}\s*\()")
+    text, done = "", 0
+    for match in declared.finditer(blank):
+        text, done = f'{text}{source.text[done : match.start()]}extern "C" ', match.start()
+    return replace(source, text=text + source.text[done:])
 
 
 _DYNAMIC = re.compile(

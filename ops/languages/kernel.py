@@ -13,6 +13,7 @@ from ..call import Call, Kernel
 from ..errors import SwapRefused
 from ..op import Op
 from ..tensor import Tensor
+from . import native
 from .base import Language, Launch, Parameter, Program, Source, Value
 from .binding import Binding, triple
 
@@ -27,7 +28,7 @@ class Shape:
     shared: Any = 0
 
     def of(self, call: Call) -> Launch:
-        shared = self.shared(*call.args) if callable(self.shared) else self.shared
+        shared: Any = self.shared(*call.args) if callable(self.shared) else self.shared
         return Launch(triple(self.grid, call, "grid"), triple(self.block, call, "block"), int(shared))
 
 
@@ -47,19 +48,53 @@ class _Ready:
     """
 
     def __init__(self, compiled: _Compiled, binding: Binding, shape: Shape, call: Call, outputs: Sequence[Any]):
-        self.program = compiled.program
+        self.compiled, self.program, self._shape = compiled, compiled.program, shape
         values = binding.values(compiled.source.entry, compiled.parameters, call, outputs)
-        self._picks: list[Callable[[tuple, Any], Any]] = [
-            _pick(binding, each.name, value) for each, value in zip(compiled.parameters, values, strict=True)
-        ]
-        self.launch = None if any(map(callable, (shape.grid, shape.block, shape.shared))) else shape.of(call)
+        named = [*zip(compiled.parameters, values, strict=True)]
+        self._picks: list[Callable[[tuple, Any], Any]] = [_pick(binding, each.name, value) for each, value in named]
+        self._launch = None if any(map(callable, (shape.grid, shape.block, shape.shared))) else shape.of(call)
+        self._at: _Addresses | None = None
+        fixed = all(isinstance(value, Tensor) or _is_fixed(binding, each.name) for each, value in named)
+        if fixed and self._launch is not None and isinstance(self.program, native.NativeProgram):
+            tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+            self._at = _Addresses(self.program, self.values(call, tuple(outputs)), tensors, self._launch)
+
+    def launch(self, call: Call) -> Launch:
+        return self._launch or self._shape.of(call)
 
     def values(self, call: Call, outputs: tuple[Tensor, ...]) -> list[Value]:
         given = [pick(call.args, outputs) for pick in self._picks]
-        return [_memory(each) if type(each) is Tensor else each for each in given]
+        return [memory(each) if type(each) is Tensor else each for each in given]
+
+    def run(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        """Compute in this process."""
+        if self._at is None:
+            self.program.run(self.values(call, outputs), self.launch(call))
+        else:
+            self._at.run([self._picks[i](call.args, outputs) for i in self._at.tensors])
 
 
-def _memory(tensor: Tensor) -> np.ndarray:
+class _Addresses:
+    """A native program's values as addresses, made once: in each call only those of the tensors are put in."""
+
+    def __init__(self, program: native.NativeProgram, values: list[Value], tensors: list[int], launch: Launch):
+        self._program, self.tensors, self._launch = program, tensors, native.launched(launch)
+        self._numbers, pointers, self._sizes = native.marshalled(program.parameters, values)
+        self._addresses, self._type = [*pointers], type(pointers)
+
+    def run(self, tensors: Sequence[Tensor]) -> None:
+        addresses = self._addresses.copy()
+        for i, each in zip(self.tensors, tensors, strict=True):
+            addresses[i] = each.buffer.data.data_ptr()
+        self._program.run_at(self._launch, self._type(*addresses), self._sizes)
+
+
+def _is_fixed(binding: Binding, name: str) -> bool:
+    """Whether a number is the same in all calls of one kind: neither a run-time argument nor computed by the user."""
+    return name not in binding.op.parameters and not callable(binding.dims.get(name))
+
+
+def memory(tensor: Tensor) -> np.ndarray:
     """The tensor's memory; of a packed weight its bytes."""
     return tensor.numpy() if tensor.spec.format is None else np.from_dlpack(tensor.buffer.data)
 
@@ -98,8 +133,9 @@ class SourceKernel(Kernel):
         self.trusted = not (language.untrusted and language.options.sandbox)
         if not self.trusted:
             from .. import sandbox
+            from ..sandbox import remote
 
-            sandbox.start()  # while the compiler works
+            (remote if language.remote else sandbox).start()  # while the compiler works
         self._compiled: dict[tuple, _Compiled] = {}
         self._ready: dict[tuple, _Ready] = {}
         self._lock = threading.Lock()
@@ -129,19 +165,24 @@ class SourceKernel(Kernel):
             self.launch_here(call, outputs)
             return
         ready = self._prepared(call, outputs)
-        if ready.program.library is None:
+        if ready.program.library is None and not self.language.remote:
             self.launch_here(call, outputs)
             return
         from .. import sandbox
+        from ..sandbox import remote
 
-        values, launch = ready.values(call, outputs), ready.launch or self.shape.of(call)
-        inputs = [name for name in self.binding.tensors if name not in (*self.binding.outputs, *call.op.writes)]
-        sandbox.run(ready.program, values, launch, sandbox.SECONDS, inputs=inputs, outputs=self.binding.outputs)
+        values, launch = ready.values(call, outputs), ready.launch(call)
+        outs, seconds = self.binding.outputs, sandbox.SECONDS
+        inputs = [name for name in self.binding.tensors if name not in (*outs, *call.op.writes)]
+        if self.language.remote:
+            what = self.language, ready.compiled.source, ready.compiled.parameters
+            remote.run(*what, values, launch, seconds, inputs=inputs, outputs=outs)
+        else:
+            sandbox.run(ready.program, values, launch, seconds, inputs=inputs, outputs=outs)
 
     def launch_here(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         """Compute in this process, trusted or not."""
-        ready = self._prepared(call, outputs)
-        ready.program.run(ready.values(call, outputs), ready.launch or self.shape.of(call))
+        self._prepared(call, outputs).run(call, outputs)
 
     def _prepared(self, call: Call, outputs: tuple[Tensor, ...]) -> _Ready:
         ready = self._ready.get(key := _kind(call))

@@ -151,14 +151,18 @@ class NativeProgram(Program):
         return self._checked
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
+        kept, pointers, sizes = marshalled(self.parameters, values)
+        self.run_at(launched(launch), pointers, sizes)
+        del kept
+
+    def run_at(self, launch: ctypes.Array, pointers: ctypes.Array, sizes: ctypes.Array) -> None:
+        """`run`, of what `launched` and `marshalled` give: what is the same in many calls need not be made anew."""
         if self._loaded is None:
             self._loaded = ctypes.CDLL(str(self.library))
-        kept, pointers, sizes = marshalled(self.parameters, values)
-        if self._loaded.limpid_launch(launched(launch), pointers, sizes):
+        if self._loaded.limpid_launch(launch, pointers, sizes):
             raise LaunchError(
                 ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(self._loaded, "limpid_error"))).decode()
             )
-        del kept
 
 
 def launched(launch: Launch) -> ctypes.Array:

@@ -42,6 +42,7 @@ class OpenCL(Language):
 
     name: ClassVar[str] = "opencl"
     types: ClassVar[dict[str, str]] = _DTYPES
+    remote: ClassVar[bool] = True
 
     def parse(self, source: Source) -> tuple[Parameter, ...] | None:
         text = without_comments(source.text)

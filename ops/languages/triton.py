@@ -1,6 +1,8 @@
 """Triton: the kernel is a Python function of `tl` code, run by Triton's interpreter on NumPy's memory, without torch.
 
-    def kernel(x_ptr, out_ptr, width, eps, BLOCK: tl.constexpr): ...
+    @ops.rms_norm.swap("triton", grid=lambda x, *_: x.shape[0], dims={"BLOCK": 1024})
+    @triton.jit
+    def norm(x_ptr, weight_ptr, out_ptr, width, eps, BLOCK: tl.constexpr): ...
 
 A parameter is bound by its name, less `_ptr`. Python says no types: each parameter has the type "", and takes what it
 is given; only `tl.constexpr` is said. grid is in programs. `sources()` is what Triton's compiler makes of it for a GPU.
@@ -14,14 +16,64 @@ import inspect
 import linecache
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
-from .base import Language, Parameter, Program, Source, SourceError
+from ..call import Call, Kernel
+from ..errors import SwapRefused
+from ..op import Op
+from ..tensor import Tensor
+from .base import Language, Options, Parameter, Program, Source, SourceError
+from .binding import Binding
+from .kernel import Shape, memory
 from .shared import load, located
+from .source import shown
+from .triton_program import CONSTANT, TritonProgram, line_in
 
-CONSTANT = "tl.constexpr"  # the type of a parameter that the kernel is compiled for
 _SUFFIX = "_ptr"  # by which Triton's users tell arrays
+
+
+def kernel(op: Op, function: Any, shape: Shape, dims: Mapping[str, Any], options: Options) -> Kernel:
+    """A kernel of a Triton function. Raises SwapRefused where its parameters are not the op's."""
+    return TritonKernel(op, Triton(options), function, shape, dims)
+
+
+class TritonKernel(Kernel):
+    """A Triton function in the place of an op's kernel. What the op does not change it may not write.
+
+    It computes interpreted; what Triton's compiler refuses for a GPU, once for all arguments of the same types, is an
+    error all the same.
+    """
+
+    emulated = True
+
+    def __init__(self, op: Op, language: Triton, function: Any, shape: Shape, dims: Mapping[str, Any]):
+        name = plain(function).__name__
+        super().__init__(name, language.name, self._launch)
+        if shape.grid is None:
+            raise SwapRefused(f"{name}: triton asks for grid=, the number of programs")
+        self.shape, self.binding = shape, Binding(op, dims)
+        arrays = self.binding.tensors
+        self.parameters = tuple(replace(p, pointer=p.name in arrays) for p in language.parse_function(function))
+        self.binding.check_names(name, self.parameters)
+        self.program = language.compile_function(function, self.parameters)
+
+    def _launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        changes = (*self.binding.outputs, *call.op.writes)
+        given = self.binding.values(self.name, self.parameters, call, outputs)
+        values = []
+        for each, value in zip(self.parameters, given, strict=True):
+            if isinstance(value, Tensor):
+                value = memory(value).view()
+                value.flags.writeable = each.name in changes
+            values.append(value)
+        self.program.run(values, self.shape.of(call))
+        self.program.check()
+
+    def sources(self) -> dict[str, str]:
+        """The Python source, and what Triton's compiler makes of it for the types of the last call."""
+        return {"triton": self.program.source.text, **(self.program.sources() if self.program.ran else {})}
 
 
 class Triton(Language):
@@ -47,7 +99,7 @@ class Triton(Language):
 
     def parse_function(self, function: Callable) -> tuple[Parameter, ...]:
         """The parameters of a kernel that is given as a function, decorated with @triton.jit or not."""
-        signature = inspect.signature(_plain(function))
+        signature = inspect.signature(plain(function))
         return tuple(_parameter(each) for each in signature.parameters.values())
 
     def with_signature(self, source: Source, parameters: Sequence[Parameter]) -> Source:
@@ -64,28 +116,26 @@ class Triton(Language):
 
     def compile_function(
         self, function: Callable, parameters: Sequence[Parameter], source: Source | None = None
-    ) -> Program:
+    ) -> TritonProgram:
         """The program of a kernel that is given as a function. Its closure and globals are read now."""
-        from .triton_program import TritonProgram
-
         load("triton", "triton")
         if self.options.flags or self.options.device not in (None, "emulate"):
             given = f"flags {self.options.flags} and device {self.options.device!r}"
             raise SourceError(f'{given}: Triton is interpreted here, without flags, and with no device but "emulate"')
-        return TritonProgram(_plain(function), parameters, source or source_of(function))
+        return TritonProgram(plain(function), parameters, source or source_of(function))
 
 
 def source_of(function: Callable) -> Source:
     """The text of a function and where it stands."""
-    plain = _plain(function)
+    found = plain(function)
     try:
-        lines, line = inspect.getsourcelines(plain)
+        lines, line = inspect.getsourcelines(found)
     except OSError as error:
-        raise SourceError(f"the source of {plain.__name__} is not to be had: {error}") from error
-    return Source("".join(lines), plain.__name__, inspect.getsourcefile(plain) or "<unknown>", line)
+        raise SourceError(f"the source of {found.__name__} is not to be had: {error}") from error
+    return Source("".join(lines), found.__name__, shown(found.__code__.co_filename), line)
 
 
-def _plain(function: Callable) -> types.FunctionType:
+def plain(function: Callable) -> types.FunctionType:
     """The Python function, freed of @triton.jit and of the like."""
     while not isinstance(function, types.FunctionType) and hasattr(function, "fn"):
         function = getattr(function, "fn")  # noqa: B009 - of Triton's decorators, of which no type is known here
@@ -125,15 +175,3 @@ def _function(source: Source) -> Callable:
     except Exception as error:
         raise SourceError(located(source, line_in(file, error) or source.line, repr(error))) from error
     return scope[source.entry]
-
-
-def line_in(file: str, error: BaseException) -> int | None:
-    """The innermost line of a file that an error, or what caused it, passed through."""
-    line, each = None, error
-    while each is not None:
-        at, found = each.__traceback__, None
-        while at is not None:
-            found = at.tb_lineno if at.tb_frame.f_code.co_filename == file else found
-            at = at.tb_next
-        line, each = found or line, each.__cause__
-    return line

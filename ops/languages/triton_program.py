@@ -14,8 +14,8 @@ import numpy as np
 
 from .base import Launch, LaunchError, Parameter, Program, Source, SourceError, Value
 from .shared import check_launch, load, located
-from .triton import CONSTANT, line_in
 
+CONSTANT = "tl.constexpr"  # the type of a parameter that the kernel is compiled for
 _ACCESSES = ("create_masked_load", "create_masked_store", "create_atomic_cas", "create_atomic_rmw")
 _lock = threading.Lock()  # the interpreter puts itself into triton.language while it runs
 _POINTERS = {
@@ -68,6 +68,7 @@ class TritonProgram(Program):
         self.device = "interpreted"
         self._names = tuple(inspect.signature(function).parameters)
         self._ran: tuple[dict[str, str], dict[str, Any]] | None = None
+        self._compiles: set[tuple[str, ...]] = set()  # for arguments of which types
         self._interpreted = _interpreted(function)
 
     def run(self, values: Sequence[Value], launch: Launch) -> None:
@@ -92,6 +93,17 @@ class TritonProgram(Program):
                 self._interpreted[launch.grid](**given)
             except Exception as error:
                 raise LaunchError(self._told(error)) from error
+
+    @property
+    def ran(self) -> bool:
+        return self._ran is not None
+
+    def check(self) -> None:
+        """Compile for the types of the last run, unless that was done. Raises SourceError."""
+        if self._ran is None or (types := tuple(self._ran[0].values())) in self._compiles:
+            return
+        self.compiled(*self._ran)
+        self._compiles.add(types)
 
     def _told(self, error: BaseException) -> str:
         """The first cause, on the innermost line of the user's file."""
@@ -244,3 +256,15 @@ def _check(arrays: dict[str, np.ndarray], access: Sequence[np.ndarray], size: in
     array = arrays[name]
     index = (address - array.ctypes.data) // array.itemsize
     raise LaunchError(f"{'writes' if writes else 'reads'} {name}[{index}], of {array.size} elements")
+
+
+def line_in(file: str, error: BaseException) -> int | None:
+    """The innermost line of a file that an error, or what caused it, passed through."""
+    line, each = None, error
+    while each is not None:
+        at, found = each.__traceback__, None
+        while at is not None:
+            found = at.tb_lineno if at.tb_frame.f_code.co_filename == file else found
+            at = at.tb_next
+        line, each = found or line, each.__cause__
+    return line

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import math
+import os
 import re
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +55,11 @@ def device(named: str | None = None) -> Device:
 
 @functools.cache
 def _device(named: str | None) -> Device:
-    adapters = load("wgpu", "wgsl").gpu.enumerate_adapters_sync()
+    wgpu = load("wgpu", "wgsl")
+    with contextlib.suppress(ImportError):  # after the software driver's LLVM, Triton's crashes when it is loaded
+        importlib.import_module("triton._C.libtriton")
+    with _window_system():
+        adapters = wgpu.gpu.enumerate_adapters_sync()
     adapters = [each for each in adapters if each.info["backend_type"] in _API]
     adapters.sort(key=lambda each: _KINDS.get(each.info["adapter_type"], len(_KINDS)))
     if not adapters:
@@ -65,6 +73,19 @@ def _device(named: str | None) -> Device:
         if cpu if named == "emulate" else named.lower() in each.info["device"].lower():
             return Device(each)
     raise SourceError(f"no device {named!r}; there are {', '.join(each.info['device'] for each in adapters)}")
+
+
+@contextlib.contextmanager
+def _window_system() -> Iterator[None]:
+    """Where there is none, drivers complain of it on standard error, though nobody asks for a window."""
+    if "XDG_RUNTIME_DIR" in os.environ:
+        yield
+        return
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.gettempdir()
+    try:
+        yield
+    finally:
+        del os.environ["XDG_RUNTIME_DIR"]
 
 
 _API = ("Vulkan", "Metal", "D3D12")  # OpenGL lacks float16, and more

@@ -91,6 +91,7 @@ class Wgsl(Language):
 
     name: ClassVar[str] = "wgsl"
     types: ClassVar[dict[str, str]] = _DTYPES
+    remote: ClassVar[bool] = True
 
     def parse(self, source: Source) -> tuple[Parameter, ...] | None:
         found = declared(source)

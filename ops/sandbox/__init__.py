@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from ..errors import ShapeError
+from ..errors import KernelError, ShapeError
 from ..languages.base import Launch, LaunchError, Parameter, Program, Value
 from .arena import laid_out
 from .helper import Helper
@@ -30,8 +30,8 @@ _idle: list[Helper] = []
 
 
 def start() -> None:
-    """Start a child, if there is none, without waiting until it is ready."""
-    with _condition:
+    """Start a child, if there is none, without waiting until it is ready. Where none can be had, `run` says why."""
+    with _condition, contextlib.suppress(KernelError, OSError):
         if not _all:
             _idle.append(_new())
 
@@ -115,7 +115,7 @@ def _helper() -> Iterator[Helper]:
                 replace = helper in _all
                 _discard(helper)
                 if replace:
-                    with contextlib.suppress(OSError):  # the next run tries again, and tells
+                    with contextlib.suppress(KernelError, OSError):  # the next run tries again, and tells
                         _idle.append(_new())
             else:
                 _idle.append(helper)

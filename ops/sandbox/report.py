@@ -44,10 +44,11 @@ _SIGNALS = {
 
 
 def printed(said: str) -> str:
-    """What a kernel printed before anybody told of its death."""
-    return re.split(r"^(?:=+\n==\d+==ERROR: |AddressSanitizer:|limpid: signal )", said, maxsplit=1, flags=re.MULTILINE)[
+    """What a kernel printed before anybody told of its death, without what the sanitizer remarks by the way."""
+    own = re.split(r"^(?:=+\n==\d+==ERROR: |AddressSanitizer:|limpid: signal )", said, maxsplit=1, flags=re.MULTILINE)[
         0
     ]
+    return re.sub(r"^==\d+==WARNING: .*\n", "", own, flags=re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class Death:
 
     def _beside(self) -> str:
         """Beside which variable of the kernel's own an access went."""
-        local = re.search(r"'(\S+?)' \(line (\d+)\) <== Memory access at offset \d+ (\w+)", self.said)
+        local = re.search(r"'(\S+?)'( \(line \d+\))? <== Memory access at offset \d+ (\w+)", self.said)
         if local is not None:
             end = "before the beginning" if local[3].startswith("underflow") else "past the end"
-            return f"{end} of the local array {local[1]} (line {local[2]})"
+            return f"{end} of the local array {local[1]}{local[2] or ''}"
         shared = re.search(r"(left|right|before|after)(?: of)? global variable '(\S+?)'", self.said)
         if shared is not None:
             return f"{'past the end' if shared[1] in ('right', 'after') else 'before the beginning'} of {shared[2]}"

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from ops import sandbox
-from ops.languages.base import LaunchError
+from ops.languages import native
+from ops.languages.base import LaunchError, SourceError
 from tests.ops.test_sandbox import fault, kernel, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,3 +178,30 @@ def test_starting_does_not_wait():
     sandbox.start()
     assert time.perf_counter() - start < 2
     assert len(sandbox._all) == 1
+
+
+def test_without_a_compiler_only_a_run_complains(monkeypatch):
+    program = kernel("out[0] = 1;")
+    sandbox.stop()
+
+    def missing(language):
+        raise SourceError("no compiler for c")
+
+    monkeypatch.setattr(native, "sanitizer", missing)
+    sandbox.start()
+    with pytest.raises(SourceError, match="no compiler for c"):
+        run(program)
+    monkeypatch.undo()
+    assert run(program)[0] == 1
+
+
+def test_a_child_that_does_not_start(monkeypatch):
+    program = kernel("out[0] = 1;")
+    assert program.checked is not None
+    sandbox.stop()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(LaunchError, match=r"the sandbox's child did not start \(exit status 1\)"):
+        run(program)
+    monkeypatch.undo()
+    sandbox.stop()
+    assert run(program)[0] == 1

@@ -23,6 +23,7 @@ from ..c import complaints
 FOLDER = Path(__file__).parent
 _FLAGS = (
     "-std=c++17",
+    "-fwrapv",
     "-fno-exceptions",
     "-fno-rtti",
     "-nostdinc++",
@@ -113,11 +114,8 @@ def program(
 
 def _runtime(watched: bool) -> Path:
     """The object with fibers and launch, made once. Its name ends in .so, as all names in the cache of kernels do."""
-    text = (
-        '#define SIMT_WATCHED\n#include "runtime.cpp"\n#include "watch.cpp"\n#include "places.cpp"\n'
-        if watched
-        else '#include "runtime.cpp"\n'
-    )
+    files = ("runtime.cpp", "messages.cpp", *(("watch.cpp", "places.cpp") if watched else ()))
+    text = "#define SIMT_WATCHED\n" * watched + "".join(f'#include "{file}"\n' for file in files)
     return native.build(f"// {_digest()}\n{text}", "c++", (*_FLAGS, "-O2", "-c"))
 
 

@@ -50,14 +50,14 @@ inline float __fmaf_rn(float x, float y, float z) { return __builtin_fmaf(x, y, 
 
 // As CUDA: the smaller and the larger of two numbers of one type, or of what C makes of two. NaN loses.
 template <class A, class B>
-inline auto min(A a, B b) -> decltype(true ? a : b) {
-  using T = decltype(true ? a : b);
+inline auto min(A a, B b) -> decltype(true ? A() : B()) {
+  using T = decltype(true ? A() : B());
   T x = a, y = b;
   return y < x || x != x ? y : x;
 }
 template <class A, class B>
-inline auto max(A a, B b) -> decltype(true ? a : b) {
-  using T = decltype(true ? a : b);
+inline auto max(A a, B b) -> decltype(true ? A() : B()) {
+  using T = decltype(true ? A() : B());
   T x = a, y = b;
   return y > x || x != x ? y : x;
 }

@@ -9,8 +9,6 @@
 #include <elf.h>
 #endif
 
-extern "C" char limpid_error[];
-
 namespace simt {
 namespace {
 
@@ -92,7 +90,8 @@ void find_line(uint32_t offset, char* line, size_t room) {
   for (bool found = false; fgets(said, sizeof said, pipe);) {  // from the innermost inlined function outwards
     if (found || said[0] == '?' || !strncmp(said, __FILE__, folder)) continue;
     snprintf(line, room, "%s", base_name(said));
-    line[strcspn(line, " \n")] = 0;
+    line[strcspn(line, "\n")] = 0;
+    if (char* more = strstr(line, " (")) *more = 0;  // of a line's parts; the file's name may have spaces
     found = true;
   }
   pclose(pipe);

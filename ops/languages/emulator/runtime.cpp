@@ -1,8 +1,6 @@
 // Fibers, barriers, shared memory and the launch: see simt.h. Made once, kept in the disk cache as an object.
 #include "runtime.h"
 
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -43,7 +41,6 @@ constexpr size_t return_word = 11, frame_words = 20;
 extern "C" {
 SIMT_HIDDEN void limpid_switch(void** from, void* to);
 alignas(1024) SIMT_HIDDEN char limpid_dynamic[simt::dynamic_limit];
-__attribute__((visibility("default"))) char limpid_error[4096];
 
 }
 
@@ -97,7 +94,7 @@ void fiber() {
 void start_thread(uint32_t i, Index size) {
   Thread& t = threads[i];
   memset(&t, 0, offsetof(Thread, gathered));
-  t.steps = t.segment = 0, t.accesses = 0;
+  t.steps = t.segment = 0;
   t.linear = i, t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
   size_t apart = i % 31 * 128;  // or all tops would compete for the same lines of the cache
   void** top = reinterpret_cast<void**>(const_cast<char*>(stack_of(&t)) + stack_size - apart) - frame_words;
@@ -111,7 +108,7 @@ void run(Thread& t) {
   here.thread = t.index, here.linear = t.linear;
   limpid_switch(&scheduler, t.stack_pointer);
   running = nullptr;
-  if (!has_failed) watch_pause();
+  if (!has_failed) watch_pause(&t);
 }
 
 void say_wait(const Thread& t) {
@@ -271,26 +268,6 @@ bool refused(const uint32_t* l) {
   return true;
 }
 
-bool in_word(char c) { return c == '_' || (c | 32) - 'a' < 26u || c - '0' < 10u; }
-
-// Put the message in the words of the kernel's language. Names of files stay: they end in a point and letters.
-void translate() {
-  char said[sizeof limpid_error];
-  size_t length = 0;
-  for (const char* at = limpid_error; *at && length + 64 < sizeof said;) {
-    const char* const* pair = kernel->words;
-    for (; *pair; pair += 2) {
-      size_t size = strlen(*pair);
-      bool starts = at == limpid_error || !(in_word(at[-1]) || strchr("./-", at[-1]));
-      if (starts && !strncmp(at, *pair, size) && !in_word(at[size]) && !(at[size] == '.' && in_word(at[size + 1]))) break;
-    }
-    if (*pair) length += static_cast<size_t>(snprintf(said + length, 64, "%s", pair[1])), at += strlen(pair[0]);
-    else said[length++] = *at++;
-  }
-  said[length] = 0;
-  memcpy(limpid_error, said, length + 1);
-}
-
 void meet(uint32_t mask, uint64_t bits, uint32_t source, const char* name, const char* file, int line) {
   Thread& t = *running;
   if (!(mask >> t.linear % warp_size & 1)) {
@@ -321,21 +298,6 @@ bool shared_range(uintptr_t* begin, uintptr_t* end) {
   return *begin && *begin < *end;
 }
 
-void say(const char* format, ...) {
-  size_t used = strlen(limpid_error);
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(limpid_error + used, sizeof limpid_error - used, format, arguments);
-  va_end(arguments);
-}
-
-void say_thread(Index t) { say("thread (%u,%u,%u)", t.x, t.y, t.z); }
-
-const char* base_name(const char* path) {
-  const char* slash = strrchr(path, '/');
-  return slash ? slash + 1 : path;
-}
-
 void fail(const char* message, const char* file, int line) {
   say("%s: ", message), say_thread(running->index), say(", %s:%d", base_name(file), line);
   stop();
@@ -344,7 +306,7 @@ void fail(const char* message, const char* file, int line) {
 int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const Kernel& k) {
   limpid_error[0] = 0, has_failed = false, kernel = &k;
   if (k.count > 256) say("%s has %u parameters; 256 are allowed", k.name, k.count);
-  if (limpid_error[0] || refused(l)) return translate(), 1;
+  if (limpid_error[0] || refused(l)) return translate(k), 1;
   memcpy(own, values, k.count * sizeof(void*));
   thread_count = l[3] * l[4] * l[5], dynamic_size = l[6];
   watch_launch(own, sizes, k);
@@ -356,7 +318,7 @@ int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const 
   watch_finish();
   if (has_failed && !strstr(limpid_error, "block ("))
     say("; block (%u,%u,%u)", here.block.x, here.block.y, here.block.z);
-  if (has_failed) translate();
+  if (has_failed) translate(k);
   return has_failed;
 }
 
@@ -404,7 +366,7 @@ void watch_finish() {}
 void watch_block() {}
 void watch_barrier() {}
 void watch_meeting(Thread*) {}
-void watch_pause() {}
+void watch_pause(const Thread*) {}
 void watch_atomic(const void*, uint32_t, const void*, bool) {}
 void watch_fence() {}
 #endif

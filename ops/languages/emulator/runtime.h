@@ -5,6 +5,8 @@
 
 #include "simt.h"
 
+extern "C" char limpid_error[4096];
+
 namespace simt {
 
 enum class State : uint8_t { ready, yielded, at_barrier, in_warp, ended };
@@ -22,7 +24,6 @@ struct Thread {
   uint64_t gathered[warp_size];
   uint32_t steps;    // operations of its warp that it has been through
   uint32_t segment;  // watch.cpp: what it does until it next meets others; 0: not yet known
-  uint64_t accesses;
 };
 
 constexpr size_t dynamic_limit = 227 << 10, stack_size = 128 << 10;
@@ -37,6 +38,7 @@ void give_up();                              // ends the launch from outside of 
 bool failed();
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));  // appends to limpid_error
 void say_thread(Index thread);               // "thread (0,0,0)"
+void translate(const Kernel& kernel);        // limpid_error into the words of its language
 const char* base_name(const char* path);
 bool shared_range(uintptr_t* begin, uintptr_t* end);  // of the declared arrays
 uint32_t dynamic_bytes();
@@ -48,7 +50,7 @@ void watch_finish();
 void watch_block();
 void watch_barrier();  // all threads of the block are there
 void watch_meeting(Thread* thread);
-void watch_pause();  // the thread that ran has stopped
+void watch_pause(const Thread* thread);  // which ran, and has stopped
 void watch_atomic(const void* address, uint32_t size, const void* pc, bool reads);
 void watch_fence();
 

@@ -15,13 +15,15 @@
 namespace simt {
 namespace {
 
-constexpr uint32_t atomic_bit = 1u << 31;
-constexpr uint64_t patience = 1ull << 28, turn = 1 << 16;  // accesses of a thread before it is given up, or takes turns
+constexpr uint32_t atomic_bit = 1u << 31, store_bit = 1u << 30, place_bits = store_bit - 1;  // of a site
+// Accesses by the threads of a block without one of them ending or waiting, after which it will not happen any more;
+// and by one of them, after which it is another's turn, who may write what it looks out for.
+constexpr uint64_t patience = 1ull << 26, turn = 1 << 14;
 
 struct Segment {  // what a thread does between two meetings
   uint32_t block, thread, epoch, step;
 };
-struct Mark {  // an access: 0, or its segment; where in the library it is, and whether it is atomic
+struct Mark {  // an access: 0, or its segment; where in the library it is, and whether it is atomic, and stores only
   uint32_t segment, site;
 };
 struct Cell {
@@ -36,12 +38,13 @@ struct Region {
   size_t reserved, cell_bytes;
   bool shared, written;
 };
-struct Pending {  // a write beside another thread's: no race if it writes what is there already
+struct Pending {  // a write beside another thread's access: no race if it writes what is there already
   const Region* region;
   Thread* thread;
   uintptr_t address;
   uint32_t size;
   Mark before, now;
+  bool before_write;
   unsigned char bytes[16];
 };
 
@@ -58,12 +61,13 @@ void* const* numbers;
 const Kernel* watched;
 Segment* segments;
 uint32_t segment_count, segment_room, block_number, epoch;
-bool fenced, storing;  // storing: the atomic operation that runs reads nothing
+bool fenced;
+uint64_t accesses;
 Pending pending;
 Unwritten unwritten;
 uintptr_t base;
 
-uint32_t site_of(const void* pc) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - base) & ~atomic_bit; }
+uint32_t site_of(const void* pc) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - base) & place_bits; }
 
 template <class T>
 T* reserve(size_t bytes) {
@@ -119,7 +123,7 @@ void say_element(const Region& r, uintptr_t address, uint32_t size) {
 
 void say_where(const Thread& t, uint32_t site) {
   char line[256];
-  find_line(site & ~atomic_bit, line, sizeof line);
+  find_line(site & place_bits, line, sizeof line);
   say("block (%u,%u,%u), ", here.block.x, here.block.y, here.block.z), say_thread(t.index), say(", %s", line);
 }
 
@@ -142,7 +146,7 @@ void race(const Region& r, uintptr_t address, uint32_t size, Mark before, bool b
           bool write) {
   const Segment& s = segments[before.segment];
   char first[256], second[256];
-  find_line(before.site & ~atomic_bit, first, sizeof first), find_line(now.site & ~atomic_bit, second, sizeof second);
+  find_line(before.site & place_bits, first, sizeof first), find_line(now.site & place_bits, second, sizeof second);
   say("race on %s memory ", r.shared ? "shared" : "global"), say_element(r, address, size);
   if (s.block != block_number) {
     say(" between two blocks, of which the second is block (%u,%u,%u), ", here.block.x, here.block.y, here.block.z);
@@ -169,7 +173,7 @@ void settle() {  // the write that was pending has happened
   Pending p = pending;
   pending.region = nullptr;
   if (memcmp(p.bytes, reinterpret_cast<const void*>(p.address), p.size))
-    race(*p.region, p.address, p.size, p.before, true, *p.thread, p.now, true);
+    race(*p.region, p.address, p.size, p.before, p.before_write, *p.thread, p.now, true);
 }
 
 uint32_t own_segment(Thread& t) {
@@ -190,20 +194,24 @@ void touch(Region& r, uintptr_t address, uint32_t size, bool write, uint32_t sit
   size_t first = (address - r.array.begin) / r.grain, last = (address + size - 1 - r.array.begin) / r.grain;
   for (size_t i = first; i <= last; ++i) {
     Cell& c = r.cells[i];
+    // What it did since the last meeting it may do again: had another come between, that would have been the race.
+    if (!atomic && !(c.write.site & atomic_bit))
+      if (c.write.segment == now.segment || (!write && c.read.segment == now.segment)) continue;
     auto races = [&](Mark m) {
       return m.segment && m.segment != now.segment && !(atomic && m.site & atomic_bit) && !in_order(m.segment, t, r.shared);
     };
     bool fresh = r.shared && (!c.write.segment || segments[c.write.segment].block != block_number);
-    if (fresh && (!write || (atomic && !storing)) && !unwritten.region) unwritten = {&r, &t, address, size, site};
-    if (races(c.write)) {
-      if (!write || atomic || c.write.site & atomic_bit || size > sizeof pending.bytes)
-        race(r, address, size, c.write, true, t, now, write);
-      pending = {&r, &t, address, size, c.write, now, {}};
+    if (fresh && (!write || (atomic && !(site & store_bit))) && !unwritten.region) unwritten = {&r, &t, address, size, site};
+    auto meets = [&](Mark before, bool before_write) {
+      if (!races(before)) return;
+      if (!write || (before.site | site) & atomic_bit || size > sizeof pending.bytes)
+        race(r, address, size, before, before_write, t, now, write);
+      if (!pending.region) pending = {&r, &t, address, size, before, now, before_write, {}};
       memcpy(pending.bytes, reinterpret_cast<const void*>(address), size);
-    }
+    };
+    meets(c.write, true);
     if (write) {
-      if (races(c.read)) race(r, address, size, c.read, false, t, now, true);
-      if (races(c.other)) race(r, address, size, c.other, false, t, now, true);
+      meets(c.read, false), meets(c.other, false);
       const bool plain = c.write.segment == now.segment && !(c.write.site & atomic_bit);
       if (!(atomic && plain)) c.write = now;  // its own plain write is what others may race with
     } else if (c.read.segment != now.segment) {
@@ -234,9 +242,10 @@ void access(uintptr_t address, uint32_t size, bool write, uint32_t site) {
   Thread* t = running;
   if (!t || !size) return;
   settle();
-  if (++t->accesses % turn == 0) {
-    if (t->accesses > patience) {
-      say("no end: a thread has accessed memory %llu times; ", static_cast<unsigned long long>(patience));
+  if (++accesses % turn == 0) {
+    if (accesses > patience) {
+      say("no end: after %llu accesses to memory no thread of the block has ended, or come to a barrier; ",
+          static_cast<unsigned long long>(patience));
       say_where(*t, site), end_thread();
     }
     yield();
@@ -294,13 +303,16 @@ void watch_barrier() {
 }
 
 void watch_meeting(Thread* t) { t->segment = 0; }
-void watch_pause() { settle(); }
+
+void watch_pause(const Thread* t) {
+  settle();
+  if (t->state != State::yielded) accesses = 0;
+}
+
 void watch_fence() { fenced = true; }
 
 void watch_atomic(const void* address, uint32_t size, const void* pc, bool reads) {
-  storing = !reads;
-  access(reinterpret_cast<uintptr_t>(address), size, true, site_of(pc) | atomic_bit);
-  storing = false;
+  access(reinterpret_cast<uintptr_t>(address), size, true, site_of(pc) | atomic_bit | (reads ? 0 : store_bit));
 }
 
 }  // namespace simt

@@ -9,6 +9,9 @@ import numpy as np
 from ops.languages.base import Launch, Options, Parameter, Source
 from ops.languages.cuda import Cuda, EmulatedCuda
 from ops.languages.emulator import EmulatedProgram
+from ops.spec import DTYPES
+
+SPELLED = {"float32": "float", "float16": "half", "bfloat16": "__nv_bfloat16", "int32": "int", "int64": "long long"}
 
 
 def source(text: str, entry: str) -> Source:
@@ -33,21 +36,27 @@ def run(program: EmulatedProgram, values: dict[str, Any], launch: Launch) -> Non
     program.run([values[p.name] for p in program.parameters], launch)
 
 
-def threads(body: str, count: int, out: str = "float", blocks: int = 1, shared: int = 0, **arrays: np.ndarray) -> Any:
-    """What each thread's `out[i]` is after `body`, with `i` the thread's number in the grid; watched."""
-    spelled = {"float32": "float", "int32": "int", "float16": "half", "uint16": "half", "int64": "long long"}
-    given = "".join(f"{spelled[array.dtype.name]}* {name}, " for name, array in arrays.items())
-    text = f"""extern "C" __global__ void k({given}{out}* out) {{
-      int i = blockIdx.x * blockDim.x + threadIdx.x;
-      {body}
-    }}"""
-    results = []
-    program = compiled(text, "k")
-    for each in (program, program.watched()):
-        dtype = {"float": "float32", "int": "int32", "half": "float16", "long long": "int64"}[out]
-        result = np.zeros(count * blocks, dtype)
+def kernel(body: str, arrays: dict[str, np.ndarray], before: str = "") -> EmulatedCuda:
+    """A kernel k of a body at line 100, in which `i` is the thread's number in the grid."""
+    given = ", ".join(f"{SPELLED[array.dtype.name]}* {name}" for name, array in arrays.items())
+    index = "int i = blockIdx.x * blockDim.x + threadIdx.x; (void)i;"
+    return compiled(f'{before} extern "C" __global__ void k({given}) {{ {index} {body}\n}}', "k")
+
+
+def threads(
+    body: str,
+    count: int,
+    dtype: str = "int32",
+    blocks: int = 1,
+    shared: int = 0,
+    before: str = "",
+    **arrays: np.ndarray,
+) -> np.ndarray:
+    """What `out`, an element for each thread, is after the body; the same from both libraries of the program."""
+    results = [np.zeros(count * blocks, DTYPES[dtype]) for _ in range(2)]
+    program = kernel(body, {**arrays, "out": results[0]}, before)
+    for each, result in zip((program, program.watched()), results, strict=True):
         copies = {name: array.copy() for name, array in arrays.items()}
         run(each, {**copies, "out": result}, Launch((blocks, 1, 1), (count, 1, 1), shared))
-        results.append(result)
-    assert (results[0].view("uint8") == results[1].view("uint8")).all()
+    assert results[0].tobytes() == results[1].tobytes()
     return results[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ops.languages import nvrtc
-from ops.languages.base import LaunchError, SourceError
+from ops.languages import cuda_driver, nvrtc
+from ops.languages.base import Launch, LaunchError, Options, SourceError
 from ops.languages.cuda import Cuda
 from ops.spec import DTYPES, FLOATS
 from ops.tolerance import KERNEL, relative_error
@@ -185,9 +185,36 @@ def test_nvrtc_compiles_for_real_architectures(case: Case, arch: str, dtype: str
 
 
 @needs_nvrtc
+@pytest.mark.parametrize(
+    "before", ['extern "C" __global__ void', "__global__ void", "static int f() { return 1; }\n__global__ void"]
+)
+def test_names_in_machine_code(before: str):
+    text = f"__global__ void kernel(int* x);\n{before} __launch_bounds__(32) kernel(int* x) {{ x[0] = 1; }}"
+    if "extern" in before:
+        text = text.split("\n", 1)[1]
+    assert ".entry kernel(" in compiled(text, "kernel").sources()["ptx"]
+
+
+@needs_nvrtc
 def test_an_unknown_architecture():
     with pytest.raises(Exception, match="NVRTC does not compile for 'sm_12'"):
         compiled(SILU_MUL.in_dtype("float32"), "silu_mul", flags=("-arch=sm_12",))
+
+
+def test_macros_of_flags():
+    program = compiled("__global__ void k(int* x) { x[0] = VALUE; }", "k", flags=("-DVALUE=42",))
+    x = np.zeros(1, "int32")
+    run(program, {"x": x}, Launch())
+    assert x[0] == 42
+
+
+def test_a_gpu_that_is_not_there():
+    if cuda_driver.device() is not None:
+        pytest.skip("there is a GPU")
+    text = SILU_MUL.in_dtype("float32")
+    with pytest.raises(SourceError, match=r"device='cuda': .*; \"emulate\" runs on the CPU"):
+        Cuda(Options("cuda")).compile(source(text, "silu_mul"), parsed(text, "silu_mul"))
+    assert Cuda().compile(source(text, "silu_mul"), parsed(text, "silu_mul")).emulated
 
 
 def test_what_only_a_gpu_runs():

@@ -1,6 +1,8 @@
 """Signatures: what is understood, as C writes it, and what is refused, with the user's own file and line."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ops.languages.base import Source, SourceError
 from ops.languages.c import DIALECT, C
@@ -167,3 +169,20 @@ def test_opencl():
     found = parse(source(text), OPENCL)
     assert found is not None
     assert [str(p) for p in found] == ["const float* x", "const float* w", "float* out", "int n"]
+
+
+PIECES = [
+    *("void", "f", "const", "float", "unsigned", "x", "*", "&", "[", "]", "[[", "(", ")", "{", "}", "<", ">", ",", ";"),
+    *(" ", "\n", '"', "'", "//", "/*", "*/", "\\", "#", "=", "__attribute__((", 'extern "C" {', "namespace", "1"),
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from(PIECES), max_size=40).map(" ".join))
+def test_any_text_is_understood_or_refused(text):
+    try:
+        found = parse(source(text), DIALECT)
+    except SourceError as error:
+        assert str(error).startswith("kernels.py:")
+    else:
+        assert found is None or all(parameter.name for parameter in found)

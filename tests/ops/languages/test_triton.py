@@ -5,9 +5,12 @@ import sys
 import numpy as np
 import pytest
 
+import llm
 import ops
+from ops import SwapRefused
 from ops.languages.base import Launch, LaunchError, Options, Parameter, SourceError
-from ops.languages.triton import Triton, source_of
+from ops.languages.source import shown
+from ops.languages.triton import Triton, TritonKernel, source_of
 
 from ..harness import DTYPE_NAMES, random
 from .running import FILE, LINE, alone, compiled, empty, judge, run, source
@@ -126,7 +129,7 @@ def test_an_access_beyond_the_arrays_is_told():
         with pytest.raises(LaunchError) as caught:
             run(program, source_, target, first, block)
         text = "value = tl.load(x_ptr + at)" if offset == 2 else "tl.store(out_ptr + at, value)"
-        assert str(caught.value) == f"{__file__}:{line + offset}: error: {message}\n    {text}"
+        assert str(caught.value) == f"{shown(__file__)}:{line + offset}: error: {message}\n    {text}"
     assert (out == 0).all()
     out.flags.writeable = False
     with pytest.raises(LaunchError, match="writes out, which is read only"):
@@ -233,7 +236,67 @@ def test_the_users_names_stay_theirs():
     program_of(block_norm)
     assert set(globals()) == before
     found = source_of(block_norm)
-    assert found.file == __file__ and found.text.splitlines()[1].startswith("def block_norm")
+    assert found.file == shown(__file__) and found.text.splitlines()[1].startswith("def block_norm")
+
+
+@pytest.fixture
+def restored():
+    yield
+    ops.restore()
+
+
+def power_of_2(x, *_):
+    return triton.next_power_of_2(x.shape[1])
+
+
+@triton.jit
+def gemma_norm(x_ptr, weight_ptr, out_ptr, width, eps, plus_one, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    start = tl.program_id(0) * width
+    x = tl.load(x_ptr + start + columns, mask=columns < width, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < width).to(tl.float32) + plus_one.to(tl.float32)
+    normal = x * tl.rsqrt(mean_square(x, width) + eps) * weight
+    tl.store(out_ptr + start + columns, normal.to(out_ptr.dtype.element_ty), mask=columns < width)
+
+
+def test_a_swap_in_the_embedded_model(restored):
+    model = llm.load("tiny", dtype="float32")
+    wanted = model.generate("Once upon a time", max_tokens=3)
+
+    swap = ops.rms_norm.swap("triton", grid=lambda x, *_: x.shape[0], dims={"BLOCK": power_of_2})(gemma_norm)
+    assert model.generate("Once upon a time", max_tokens=3) == wanted
+    assert isinstance(swap.kernel, TritonKernel) and "triton emulated" in str(ops.rms_norm.swaps)
+    assert {"triton", "ptx"} <= swap.kernel.sources().keys()
+
+
+def test_a_triton_kernel_that_is_wrong(restored):
+    def copy(x, out, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + at, tl.load(x + at))
+
+    def writes_its_input(x, out):
+        tl.store(x, 0.0)
+
+    def no_output(x):
+        tl.load(x)
+
+    def only_interpreted(x, out):
+        value = tl.load(x + tl.program_id(0))
+        tl.store(out + tl.program_id(0), sum([value / (1 + tl.exp(-value))]))
+
+    with pytest.raises(SourceError, match=r"error: NameError.*sum is not defined.*\n    tl.store"):
+        ops.silu.swap("triton", grid=lambda x: x.size, where="dtype=float32")(only_interpreted)
+    cases = {
+        "triton asks for grid=": (copy, {"grid": None}),
+        r"silu has no BLOCK; .*dims=\{'BLOCK': ...\} gives it a meaning": (copy, {}),
+        "has no parameter out": (no_output, {}),
+        r"reads x\[": (copy, {"dims": {"BLOCK": 4096}}),
+        "writes x, which is read only": (writes_its_input, {}),
+        "copy is wrong on an edge case": (copy, {"dims": {"BLOCK": 1}, "grid": lambda x: x.size}),
+    }
+    for message, (function, options) in cases.items():
+        with pytest.raises(SwapRefused, match=message):
+            ops.silu.swap("triton", **{"grid": 1, **options})(function)
 
 
 def test_a_missing_package_is_named(monkeypatch):
