@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,9 +80,18 @@ def text_of(device: tvm.IRModule, device_target: Any) -> str:
     text = tvm.get_global_func(f"target.build.{device_target.kind.name}")(device, device_target).inspect_source()
     # All threads of a warp come to each shuffle; after a branch, those that happen to be active may be fewer.
     text = text.replace("__activemask()", "0xffffffffu")
+    if device_target.kind.name == "metal":
+        text = _right_in_metal(text)
     return text.replace(
         "-2147483648i", "(-2147483647i - 1i)"
     )  # in WGSL the sign is an operator, and the rest too large
+
+
+def _right_in_metal(text: str) -> str:
+    """What TVM writes as for CUDA and Metal does not have: lanes past the last, `nearbyint`, integers of 16 bits that
+    stay so when they meet. Seen by the emulator."""
+    text = re.sub(r"\bsimd_shuffle\((\w+\[0\]), (.*)\);", r"simd_shuffle(\1, (\2) & 31);", text)
+    return text.replace("as_type<half>(", "as_type<half>((ushort)").replace("nearbyint(", "rint(")
 
 
 def _function(primfunc: Any) -> Function:

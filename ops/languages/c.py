@@ -207,8 +207,7 @@ _SHOWN = 3  # errors; what follows is mostly their consequence
 _COMPLAINT = re.compile(
     r"(?P<file>.+?):(?P<line>\d+):(?:(?P<column>\d+):)? (?P<kind>fatal error|error|note): (?P<what>.*)"
 )
-
-
+_ASKED = re.compile(r"(?P<file>.+?):(?P<line>\d+):(?:(?P<column>\d+):)?   required (?:from|by) .*")
 _MISSING = re.compile(r"(?:\S*ld(?:\.\w+)?: )?(?P<file>/.+?):(?P<line>\d+): (?P<what>undefined reference to .*)")
 
 
@@ -218,7 +217,11 @@ def complaints(said: str, source: Source) -> str:
     Compilers quote the file, which a notebook's cell may not have, and which may have changed since.
     """
     shown, errors = [], 0
-    for match in map(_COMPLAINT.fullmatch, said.split("\n")):
+    used: re.Match[str] | None = None  # where the source asked for a template in which an error is
+    for line in said.split("\n"):
+        asked, match = _ASKED.fullmatch(line), _COMPLAINT.fullmatch(line)
+        if asked and asked["file"] == source.file:
+            used = asked
         if match is None or (match["kind"] == "note" and (not shown or "each undeclared" in match["what"])):
             continue
         errors += match["kind"] != "note"
@@ -226,7 +229,9 @@ def complaints(said: str, source: Source) -> str:
             shown.append("and more")
             break
         what = f"{match['kind'].removeprefix('fatal ')}: {match['what']}"
-        shown.append(_placed(source, match["file"], int(match["line"]), int(match["column"] or 0), what))
+        at = used if used and match["kind"] != "note" and match["file"] != source.file else match
+        shown.append(_placed(source, at["file"], int(at["line"]), int(at["column"] or 0), what))
+        used = None
     for match in () if shown else map(_MISSING.fullmatch, said.split("\n")):
         if match is not None:  # the linker's
             own = match["file"].endswith(f"/{source.file.lstrip('/')}")  # the compiler made the path absolute

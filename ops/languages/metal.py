@@ -42,13 +42,14 @@ _VECTORS = {
     for packed in ("", "packed_")
     for size in (2, 3, 4)
 }
+_BITS = {"ushort": "bfloat16", "uint16_t": "bfloat16"}  # how TVM passes arrays of bfloat16
 _ATOMICS = {"atomic_int": "int32", "atomic_float": "float32"}
-_ARRAYS_ONLY = {*_VECTORS, *_ATOMICS}
+_ARRAYS_ONLY = {*_VECTORS, *_ATOMICS, *_BITS}
 _UNSIGNED = {"uint": "unsigned int", "uint32_t": "unsigned int", "ulong": "unsigned long", "uint64_t": "unsigned long"}
 _UNSIGNED |= {each: each for each in _UNSIGNED.values()}
 DIALECT = signature.Dialect(
     "Metal",
-    TYPES | _VECTORS | _ATOMICS,
+    TYPES | _VECTORS | _ATOMICS | _BITS,
     frozenset(("bool", *_UNSIGNED)),
     frozenset(("device", "threadgroup", "thread", "restrict", "__restrict", "volatile")),
     frozenset(("const", "constant")),
@@ -116,6 +117,7 @@ class Metal(Language):
     types: ClassVar[dict[str, str]] = TYPES
 
     def parse(self, source: Source) -> tuple[Parameter, ...] | None:
+        source = _section(source)
         if self._entry(source) is None:
             return None
         return tuple(each for argument in self._arguments(source) for each in argument.parameters)
@@ -134,6 +136,7 @@ class Metal(Language):
                 f"device={self.options.device!r}: Metal on a GPU is not built here, as it was never tried on one; "
                 'leave device= out, or say "emulate", to run it on the CPU'
             )
+        source = _section(source)
         arguments = self._arguments(source)
         before = "".join(each.before for each in arguments)
         given = ", ".join(each.given for each in arguments)
@@ -290,6 +293,16 @@ def _spelled(p: Parameter) -> str:
     if p.pointer:
         return f"device {'const ' * p.const}{p.type}* {p.name}"
     return f"constant {p.type}& {p.name}"
+
+
+def _section(source: Source) -> Source:
+    """Of TVM's text of several kernels, which repeats itself for each, the entry's part; lines keep their numbers."""
+    parts = re.split(r"^(?=// Function: \w+$)", source.text, flags=re.MULTILINE)
+    for i, part in enumerate(parts):
+        if re.match(rf"// Function: {source.entry}\n", part):
+            lines = "\n" * sum(each.count("\n") for each in parts[:i])
+            return replace(source, text=lines + part)
+    return source
 
 
 _INCLUDE = re.compile(r"^[ \t]*#[ \t]*(?:include|import)[ \t]*(.*)$", re.MULTILINE)

@@ -9,7 +9,7 @@ import tvm
 
 import ops
 from ops import KernelError, cross, target
-from ops.languages import cuda, hosted, nvrtc
+from ops.languages import cuda, hosted, metal, nvrtc
 from ops.languages.base import Options
 from ops.op import registry
 from ops.spec import FLOATS
@@ -94,6 +94,18 @@ def test_some_kernels_of_every_op_run_in_the_emulator_as_cuda(name, dtype):
     """For sm_75, as tensor cores are not emulated. A race, or an access out of bounds, is an error."""
     op, kernels, compiled = registry[name], {}, cuda.Cuda(Options("emulate")).compile
     with target.building_for_gpu("cuda", "sm_75"):
+        for args, constants in ops.examples.of(op, dtype)[1::4][:3]:
+            request = op._request(args, constants)
+            if request.arguments not in kernels:
+                kernels[request.arguments] = hosted.of(op, args, constants, hosted.programs(compiled))
+            run(op, kernels[request.arguments], args, constants)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", OPS)
+def test_some_kernels_of_every_op_run_in_the_emulator_as_metal(name, dtype):
+    op, kernels, compiled = registry[name], {}, metal.Metal(Options("emulate")).compile
+    with target.building_for_gpu("metal"):
         for args, constants in ops.examples.of(op, dtype)[1::4][:3]:
             request = op._request(args, constants)
             if request.arguments not in kernels:

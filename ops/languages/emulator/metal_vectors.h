@@ -238,9 +238,8 @@ METAL_PREFIX(-) METAL_PREFIX(+) METAL_PREFIX(~) METAL_PREFIX(!)
 #undef METAL_PREFIX
 
 // Bits of one type as another's of the same size.
-template <class To, class From>
+template <class To, class From, class = typename simt::only_if<sizeof(To) == sizeof(From), To>::type>
 METAL To as_type(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "as_type: both types have the same size");
   To to;
   __builtin_memcpy(static_cast<void*>(&to), &from, sizeof to);
   return to;
