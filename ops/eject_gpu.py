@@ -42,7 +42,7 @@ def kernel(request: build.Request, language: str, name: str) -> tuple[str, list[
     numbers = {n: each for n, each in passed.items() if n not in request.op.parameters}
     dims = {number: f"lambda {head}: {_python(each, sizes, {})}" for number, each in numbers.items()}
     if "packGridDimX" in text:  # TVM's own, for grids that are larger than WebGPU's
-        dims["packGridDimX"] = f"lambda {head}: {grid[0]}"
+        dims["packGridDimX"] = f"lambda {head}: {grid[0]} - 1"
     return _without_declaration(text, name), options, dims
 
 
