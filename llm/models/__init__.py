@@ -8,7 +8,18 @@ from types import ModuleType
 from llm.errors import ConfigError
 
 # model_type -> the class in the file of that name
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral"}
+ARCHITECTURES = {
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "granite": "Granite",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+}
 
 
 def architecture(model_type: object) -> tuple[type, type]:
