@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ops import store, target
+from ops import Spec, store, target
+from ops.quantize import FORMATS
 
 from .tree import size
 
@@ -21,12 +22,15 @@ def show(model: Any, name: str) -> None:
     """The model's tree, then a table of what it is and needs."""
     console = Console(highlight=False, markup=False)
     console.print(repr(model), soft_wrap=True)
+    values = model.token_values
     parameters = sum(weight.size for _, weight in model.parameters())
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in (
         ("model", f"{name} ({model.model_type})"),
         ("parameters", f"{parameters:,}"),
         ("weights", f"{size(model.nbytes)} as {_dtypes(model)}"),
+        *((f"  as {each}", size(nbytes_as(model, each))) for each in ("float32", "bfloat16", "q8", "q4")),
+        ("cache", f"{size(4 * values)} a token as float32, {size(2 * values)} as float16 or bfloat16"),
         ("context", f"{model.context} tokens"),
         ("vocabulary", _vocabulary(model)),
         ("chat template", "yes" if model.tokenizer and model.tokenizer.chat_template else "no"),
@@ -35,6 +39,13 @@ def show(model: Any, name: str) -> None:
     ):
         table.add_row(label, value)
     console.print(table)
+
+
+def nbytes_as(model: Any, dtype: str) -> int:
+    """What the weights take as `llm.load(..., weights=dtype)` holds them: in a packed format only the matrices."""
+    rest = "float32" if dtype in FORMATS else dtype
+    shapes = [weight.shape for _, weight in model.parameters()]
+    return sum(Spec(shape, dtype if len(shape) == 2 else rest).nbytes for shape in shapes)
 
 
 def _dtypes(model: Any) -> str:

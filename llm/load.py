@@ -62,6 +62,24 @@ def load(
     return read(path, dtype, weights, progress)
 
 
+def outline(name_or_path: str | os.PathLike[str], weights: str | None = None) -> Model | None:
+    """The model of a config.json, or of a folder that holds no weights, without them; None where `load` finds some.
+
+    Its dtype is the one that the config names, else float32. Raises UserError for a config that is not understood.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not any(path.glob("*.safetensors*")) and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    raw = _read_config(path)
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    model = build(raw, named if named in FLOATS and weights not in FORMATS else "float32", weights)
+    if (path.parent / "tokenizer.json").exists():
+        model.tokenizer = Tokenizer.from_directory(path.parent)
+    return model
+
+
 def _load_directory(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
     raw = _read_config(path / "config.json")
     tensors = read_directory(path)

@@ -34,6 +34,7 @@ class Model(Module):
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # buffers in old checkpoints, computed here
 
     config: Any
+    layers: Any
     dtype: str
     cache_dtype: str | None = None  # what a new cache holds; None: as the keys come
     tokenizer: Tokenizer | None = None
@@ -48,6 +49,11 @@ class Model(Module):
         scaling = self.config.rope.scaling
         stretch = scaling.factor if scaling and scaling.rope_type == "dynamic" else 1
         return int(self.config.max_position_embeddings * stretch)
+
+    @property
+    def token_values(self) -> int:
+        """How many numbers a cache keeps of a token, in all layers."""
+        return len(self.layers) * 2 * self.config.num_key_value_heads * self.config.head_dim
 
     def ids(self, given: Any) -> Tensor:
         """Token ids as an int32 tensor [n], from a list, an array or a tensor. Raises UserError."""

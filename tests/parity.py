@@ -24,7 +24,7 @@ PROMPT, STEPS, GREEDY = 37, 24, 64
 BOUNDS = {"float32": 2e-4, "bfloat16": 1.6e-2}
 CUTS = {"float32": 1e-5, "bfloat16": 8e-3}  # bfloat16: usually none; one rounding step of the largest logit at most
 
-_SMALL = {
+SMALL = {
     "vocab_size": 131,
     "hidden_size": 64,
     "intermediate_size": 112,
@@ -211,7 +211,7 @@ def _reference(case: Case, seed: int) -> Any:
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.for_model(case.model_type, **(_SMALL | case.config))
+    config = transformers.AutoConfig.for_model(case.model_type, **(SMALL | case.config))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

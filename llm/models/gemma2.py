@@ -32,7 +32,7 @@ class Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     attention_bias: bool = False
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: int = 256
     final_logit_softcapping: float | None = 30.0
     attn_logit_softcapping: float | None = 50.0
     use_bidirectional_attention: Literal[False] | None = None
