@@ -70,6 +70,7 @@ HARMLESS_AT: Mapping[str, tuple[Any, str]] = {
     "use_qk_norm": (False, "it normalises queries and keys"),
     "use_sliding_window": (False, "it limits how far attention reaches"),
 }
+LayerType = Literal["full_attention", "sliding_attention"]
 _SLIDING = ("sliding_window", "max_window_layers")  # mean nothing where use_sliding_window is false
 
 _POSITIVE = frozenset(
@@ -78,29 +79,35 @@ _POSITIVE = frozenset(
         "hidden_size",
         "intermediate_size",
         "max_position_embeddings",
+        "no_rope_layer_interval",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "query_pre_attn_scalar",
         "sliding_window",
+        "sliding_window_pattern",
         "vocab_size",
     }
 )
+_ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"})  # divided by
 
 
 def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> C:
     """Build the dataclass `cls`, whose fields carry HF's names, from the values of a config.json.
 
-    A missing key takes the field's default. A key that is neither a field, nor in `ignored`, nor known to leave the
+    A missing key takes the field's default. A class with old spellings in its checkpoints has a static method
+    `modern(values)`, which gives them in the names of its fields. A key that is neither a field, nor in `ignored`, nor known to leave the
     arithmetic alone is an error: it is never dropped. A field annotated `Rope` is built from all the rope keys.
     Raises ConfigError, which lists everything found wrong: keys missing, not understood, or of the wrong type.
     """
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"parse_config builds dataclasses, given {cls!r}")
+    raw = getattr(cls, "modern", dict)(raw)
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    rope_field = next((name for name in fields if hints[name] is Rope), None)
-    plain = {name: field for name, field in fields.items() if name != rope_field}
-    understood = plain.keys() | set(ignored) | (ROPE_KEYS if rope_field else set())
+    ropes = {name: field for name, field in fields.items() if hints[name] is Rope}
+    plain = {name: field for name, field in fields.items() if name not in ropes}
+    understood = plain.keys() | set(ignored) | (ROPE_KEYS if ropes else set())
     problems = [_refusal(key, raw, fields) for key in raw if key not in understood]
     values: dict[str, Any] = {}
     missing: list[str] = []
@@ -116,12 +123,41 @@ def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[st
         problems.insert(0, f"missing keys {', '.join(map(repr, missing))}")
     if problems := [problem for problem in problems if problem]:
         raise ConfigError(f"config of {raw.get('model_type', cls.__name__)}: {'; '.join(problems)}")
-    if rope_field:
+    if ropes:
         known = {name: field.default for name, field in plain.items() if field.default is not dataclasses.MISSING}
         known |= {key: value for key, value in raw.items() if value is not None}
-        values[rope_field] = parse_rope(known, _head_dim(known))
+        for name, field in ropes.items():
+            values[name] = parse_rope(known, _head_dim(known), **field.metadata)
         _check_heads(known)
     return cls(**values)
+
+
+def rope_values(config: Any) -> dict[str, Any]:
+    """The keys of a config.json that give the `Rope` fields of `config` back."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        rope = getattr(config, field.name)
+        if not isinstance(rope, Rope):
+            continue
+        scaling = {} if rope.scaling is None else dataclasses.asdict(rope.scaling)
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        part = rope.rotary_dim / config.head_dim
+        found: dict[str, Any] = {"rope_theta": rope.theta}
+        found |= {"partial_rotary_factor": part} if part != field.metadata.get("partial_rotary_factor", 1.0) else {}
+        if layer_type := field.metadata.get("layer_type"):
+            values.setdefault("rope_parameters", {})[layer_type] = {"rope_type": "default"} | found | scaling
+        else:
+            values |= found | ({"rope_scaling": scaling} if scaling else {})
+    return values
+
+
+def check_layer_types(config: Any) -> None:
+    """Raises ConfigError unless `layer_types` has an entry a layer, and a window where one asks for it."""
+    kinds, layers = config.layer_types, config.num_hidden_layers
+    if len(kinds) != layers:
+        raise ConfigError(f"layer_types has {len(kinds)} entries, expected {layers}, one for each layer")
+    if "sliding_attention" in kinds and config.sliding_window is None:
+        raise ConfigError("layer_types asks for sliding_attention, and there is no sliding_window (or it is off)")
 
 
 def _refusal(key: str, raw: Mapping[str, Any], fields: Collection[str]) -> str:
@@ -170,9 +206,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     """`value` as the annotation wants it: an int serves as a float, a list as a tuple; nothing else is bent."""
     if _fits(value, hint):
         if _is_bad_size(key, value):
-            raise ConfigError(
-                f"{key!r} is {value}, expected {'at least 1' if key in _POSITIVE else 'no negative number'}"
-            )
+            least = "at least 1" if key in _POSITIVE else "more than 0" if key in _ABOVE_ZERO else "no negative number"
+            raise ConfigError(f"{key!r} is {value}, expected {least}")
         return _shaped(value, hint)
     raise ConfigError(f"{key!r} is {_short(value)} ({_json_type(value)}), expected {_describe(hint)}")
 
@@ -222,7 +257,7 @@ def _shaped(value: Any, hint: Any) -> Any:
 def _is_bad_size(key: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_bad_size(key, item) for item in value)
-    return type(value) in (int, float) and value < (1 if key in _POSITIVE else 0)
+    return type(value) in (int, float) and (value < (1 if key in _POSITIVE else 0) or (not value and key in _ABOVE_ZERO))
 
 
 def _describe(hint: Any) -> str:

@@ -19,13 +19,16 @@ from ops import Spec, Tensor, memory, quantize
 from ops.quantize import FORMATS
 from ops.spec import DTYPES, FLOATS
 
-from .config import parse_config
+from .config import parse_config, rope_values
 from .errors import CheckpointError, ConfigError, UserError
 from .model import Model
 from .models import architecture
 from .nn import load_parameters
+from .rope import Rope
 from .tokenizer import Tokenizer
 from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
+
+_OF_LAYERS = {"layer_types": "layer_type", "no_rope_layers": "use_rope"}  # lists in a config -> what a layer knows
 
 
 def load(
@@ -171,18 +174,17 @@ def _check_expressible(model: Model, values: dict[str, Any]) -> None:
 
 def config_values(model: Model) -> dict[str, Any]:
     """The config.json of a model, in HF's names, as it stands: a changed number of layers is written as it is."""
-    config, rope = model.config, model.config.rope
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "rope"}
+    config = model.config
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if not isinstance(value, Rope)} | rope_values(config)
     layers = getattr(model, "layers", None)
     if layers is not None:
         values["num_hidden_layers"] = len(layers)
-    values |= {"model_type": model.model_type, "dtype": model.dtype, "rope_theta": rope.theta}
+        for name, attribute in _OF_LAYERS.items():
+            if name in values and all(hasattr(layer, attribute) for layer in layers):
+                values[name] = [getattr(layer, attribute) for layer in layers]
+    values |= {"model_type": model.model_type, "dtype": model.dtype}
     values["architectures"] = [f"{type(model).__name__}ForCausalLM"]
-    if rope.rotary_dim != config.head_dim:
-        values["partial_rotary_factor"] = rope.rotary_dim / config.head_dim
-    if rope.scaling is not None:
-        scaling = dataclasses.asdict(rope.scaling)
-        values["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
     if model.tokenizer is not None:
         eos = sorted(model.tokenizer.eos_ids)
         values |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}

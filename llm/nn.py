@@ -144,14 +144,14 @@ class Linear(Module):
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalisation; weight: [width]."""
+    """Root-mean-square normalisation; weight: [width]. `plus_one` multiplies by 1 + weight, as Gemma does."""
 
-    def __init__(self, width: int, eps: float, dtype: str = "float32"):
+    def __init__(self, width: int, eps: float, dtype: str = "float32", plus_one: bool = False):
         self.weight: Any = Spec((width,), dtype)
-        self.eps = eps
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+        return ops.rms_norm(x, self.weight, eps=self.eps, plus_one=self.plus_one)
 
 
 class Embedding(Module):

@@ -9,7 +9,7 @@ from . import build, ceilings, memory, scope, select, spec, target
 from .attention import attention
 from .attention_steps import mix, scores, softmax_with_sinks
 from .call import Call, Kernel
-from .embedding import cache_write, concat, embedding
+from .embedding import cache_write, columns, concat, embedding
 from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError
 from .intercept import Interceptor, install, intercepted
 from .linear import linear
@@ -65,6 +65,7 @@ __all__ = [
     "cache_write",
     "cast",
     "ceilings",
+    "columns",
     "concat",
     "copy",
     "div",

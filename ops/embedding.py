@@ -1,4 +1,4 @@
-"""Rows looked up, joined and stored: token embeddings, concatenation, and writes to a cache."""
+"""Rows looked up, joined, cut and stored: token embeddings, concatenation, columns, and writes to a cache."""
 
 from __future__ import annotations
 
@@ -51,6 +51,19 @@ def concat(x: Tensor, y: Tensor) -> Tensor:
     return like(x, (x.shape[0] + y.shape[0], *x.shape[1:]))
 
 
+@op(symbolic={"x": "n"}, ranges=(1, 2, 17))
+def columns(x: Tensor, *, start: int, stop: int) -> Tensor:
+    """x[..., start:stop] in memory of its own, such as the queries of a fused projection. Any dtype, two axes or more.
+
+    0 <= start < stop <= the last axis; unlike a slice's, they are not counted from the end.
+    """
+    if x.ndim < 2:
+        raise ShapeError(f"x is {x}, expected rows: [n, ..., width]")
+    if not 0 <= start < stop <= x.shape[-1]:
+        raise ShapeError(f"start {start} and stop {stop} are no columns of x {x}: expected 0 <= start < stop <= width")
+    return like(x, (*x.shape[:-1], stop - start))
+
+
 @op(symbolic={"cache": "t", "x": "n", "positions": "n"}, writes=("cache",))
 def cache_write(cache: Tensor, x: Tensor, positions: Tensor) -> None:
     """cache[positions[i]] = x[i] for each i in order, cast to cache's dtype; of equal positions the last one stays.
@@ -81,6 +94,11 @@ def _(ids, weight, dtype=None):
 @concat.reference
 def _(x, y):
     return np.concatenate([x, y])
+
+
+@columns.reference
+def _(x, *, start, stop):
+    return x[..., start:stop].copy()
 
 
 @cache_write.reference
@@ -124,6 +142,18 @@ def _(x, y, out):
         with tir.block("concat", (n + m, *rest)) as (row, *at):
             value = tirx.if_then_else(row < n, first[(row, *at)], second[(row - n, *at)])
             builder.buffer_store(target, value, (row, *at))
+    return ir.get()
+
+
+@columns.kernel
+def _(x, out, *, start, stop):
+    with IRBuilder() as ir, builder.prim_func(s_tir=True):
+        builder.func_name("columns")
+        n = tirx.Var("n", "int64")
+        source = builder.arg("x", builder.buffer((n, *x.shape[1:]), x.dtype, align=x.itemsize))
+        target = builder.arg("out", builder.buffer((n, *out.shape[1:]), out.dtype, align=out.itemsize))
+        with tir.block("columns", (n, *out.shape[1:])) as (*at, column):
+            builder.buffer_store(target, source[(*at, column + start)], (*at, column))
     return ir.get()
 
 

@@ -52,6 +52,7 @@ def example(name: str, rng: np.random.Generator, dtype: str) -> Call:
         "rope": ((heads, at, random(rng, (4,), "float32")), {"interleaved": bool(rng.integers(2)), "scale": 1.5}),
         "top_k": ((x,), {"k": 5}),
         "embedding": ((at[:2], random(rng, (21, WIDTH), dtype)), {}),
+        "columns": ((x,), {"start": 2, "stop": 7}),
         "concat": ((x, random(rng, (2, WIDTH), dtype)), {}),
         "cache_write": ((k, random(rng, (ROWS, 2, 10), "float32"), at), {}),
         "softcap": ((x,), {"cap": 2.5}),

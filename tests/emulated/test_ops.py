@@ -96,6 +96,7 @@ def test_rows_are_looked_up_and_stored(rng, dtype):
         x, cache = random(rng, (n, 2, 5), "float32"), random(rng, (40, 2, 5), dtype)
         check(ops.cache_write, cache, x, rng.integers(0, 40, n).astype("int32"), tolerance=0.0)
         check(ops.concat, x, x[:1].copy(), tolerance=0.0)
+        check(ops.columns, x, tolerance=0.0, start=1, stop=4)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
