@@ -30,7 +30,7 @@ def route(
     `bias` [experts] where there is one; of equal ones the lower index comes first. With `groups` above 1 the experts
     are cut into as many, and only those of the `kept` best groups may be chosen: a group is worth the sum of its
     `best` (1 or 2) best experts. The weights are the scores, without the bias; `normalise` divides them by their sum;
-    then they are multiplied by `scale`. Returns weights float32 [n, k] and ids int32 [n, k].
+    then they are multiplied by `scale`. NaN counts as best. Returns weights float32 [n, k] and ids int32 [n, k].
     HF MixtralTopKRouter, Qwen3MoeTopKRouter, GptOssTopKRouter, DeepseekV2TopkRouter, DeepseekV3TopkRouter.
     """
     if logits.dtype not in FLOATS or (bias is not None and bias.dtype not in FLOATS):
@@ -67,6 +67,7 @@ def _(logits, bias=None, *, k, scoring="softmax", normalise=False, scale=1.0, gr
         powers = np.exp(wide - wide.max(axis=1, keepdims=True))
         scores = powers / powers.sum(axis=1, keepdims=True) if scoring == "softmax" else 1 / (1 + np.exp(-wide))
     worth = wide if _by_logits(bias, scoring, best) else scores + (0 if bias is None else bias.astype("float64"))
+    worth = np.where(np.isnan(worth), -_LOWEST, worth)
     ranked = np.sort(worth.reshape(len(wide), groups, -1), axis=2)[:, :, ::-1][:, :, :best].sum(axis=2)
     best_groups = np.argsort(-ranked, axis=1, kind="stable")[:, :kept]
     allowed = (best_groups[:, :, None] == np.arange(groups)).any(axis=1).repeat(wide.shape[1] // groups, axis=1)
@@ -97,7 +98,8 @@ def _(logits, bias, weights, ids, *, k, scoring, normalise, scale, groups, kept,
         return tir.exp(x - top) / total if scoring == "softmax" else tir.sigmoid(x)
 
     def worth(x, value, bias_buffer, e):
-        return x if by_logits else value if bias is None else value + bias_buffer[e].astype("float32")
+        found = x if by_logits else value if bias is None else value + bias_buffer[e].astype("float32")
+        return tirx.Select(tirx.isnan(found), tir.f32(-_LOWEST), found)  # it is chosen, so that nothing hides it
 
     @T.prim_func(s_tir=True)
     def route(logits_: T.handle, bias_: T.handle, weights_: T.handle, ids_: T.handle):
@@ -115,29 +117,18 @@ def _(logits, bias, weights, ids, *, k, scoring, normalise, scale, groups, kept,
         second = T.alloc_buffer((n,), "float32")
         group = T.alloc_buffer((n,), "int32")
         summed = T.alloc_buffer((n,), "float32")
-        for i, e in T.grid(n, experts):
-            with T.sblock("top"):
-                vi, ve = T.axis.remap("SR", [i, e])
-                with T.init():
-                    top[vi] = T.float32(_LOWEST)
-                top[vi] = T.max(top[vi], T.Cast("float32", X[vi, ve]))
-        for i, e in T.grid(n, experts):
-            with T.sblock("total"):
-                vi, ve = T.axis.remap("SR", [i, e])
-                with T.init():
-                    total[vi] = T.float32(0)
-                total[vi] = total[vi] + tir.exp(T.Cast("float32", X[vi, ve]) - top[vi])
-        for i, e in T.grid(n, experts):
-            with T.sblock("score"):
-                vi, ve = T.axis.remap("SS", [i, e])
-                scores[vi, ve] = score(T.Cast("float32", X[vi, ve]), top[vi], total[vi])
-        for i, e in T.grid(n, experts):
-            with T.sblock("worth"):
-                vi, ve = T.axis.remap("SS", [i, e])
-                worths[vi, ve] = worth(T.Cast("float32", X[vi, ve]), scores[vi, ve], B, ve)
         for i in range(n):
-            with T.sblock("choose"):
+            with T.sblock("route"):
                 vi = T.axis.spatial(n, i)
+                top[vi] = T.float32(_LOWEST)
+                for e in range(experts):
+                    top[vi] = T.max(top[vi], T.Cast("float32", X[vi, e]))
+                total[vi] = T.float32(0)
+                for e in range(experts):
+                    total[vi] = total[vi] + tir.exp(T.Cast("float32", X[vi, e]) - top[vi])
+                for e in range(experts):
+                    scores[vi, e] = score(T.Cast("float32", X[vi, e]), top[vi], total[vi])
+                    worths[vi, e] = worth(T.Cast("float32", X[vi, e]), scores[vi, e], B, e)
                 for e in range(experts):
                     left[vi, e] = worths[vi, e] if groups == 1 else T.float32(_LOWEST)
                 if groups > 1:
