@@ -87,6 +87,10 @@ _POSITIVE = frozenset(
         "sliding_window",
         "sliding_window_pattern",
         "vocab_size",
+        *("n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+        *("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+        *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "context_length", "attention_hidden_size"),
     }
 )
 _ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"})  # divided by
@@ -257,7 +261,9 @@ def _shaped(value: Any, hint: Any) -> Any:
 def _is_bad_size(key: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_bad_size(key, item) for item in value)
-    return type(value) in (int, float) and (value < (1 if key in _POSITIVE else 0) or (not value and key in _ABOVE_ZERO))
+    return type(value) in (int, float) and (
+        value < (1 if key in _POSITIVE else 0) or (not value and key in _ABOVE_ZERO)
+    )
 
 
 def _describe(hint: Any) -> str:

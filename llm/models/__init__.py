@@ -8,7 +8,21 @@ from types import ModuleType
 from llm.errors import ConfigError
 
 # model_type -> the class in the file of that name
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral"}
+ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "gpt2": "GPT2",
+    "gpt_neox": "GPTNeoX",
+    "gpt_oss": "GptOss",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "olmo2": "Olmo2",
+    "phi": "Phi",
+    "qwen3_moe": "Qwen3Moe",
+    "rwkv": "Rwkv",
+    "stablelm": "StableLm",
+}
 
 
 def architecture(model_type: object) -> tuple[type, type]:
