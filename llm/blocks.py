@@ -1,4 +1,4 @@
-"""Parts that several families share to the letter. What differs in one operation is written out in the family's file."""
+"""Parts that several families share to the letter; what differs in one operation is written out in their files."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ HARMLESS_AT: Mapping[str, tuple[Any, str]] = {
     "rope_interleaved": (False, "it rotates neighbouring pairs"),
     "rope_scaling": (None, "it changes the rotary frequencies"),
     "rope_parameters": (None, "it sets the rotary frequencies"),
+    "shared_expert_intermediate_size": (0, "it adds a shared expert"),
     "sliding_window": (None, "it limits how far attention reaches"),
     "tie_encoder_decoder": (False, "it is an encoder-decoder"),
     "use_mrope": (False, "it uses multimodal rotary positions"),
@@ -99,9 +100,10 @@ _ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "l
 def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> C:
     """Build the dataclass `cls`, whose fields carry HF's names, from the values of a config.json.
 
-    A missing key takes the field's default. A class with old spellings in its checkpoints has a static method
-    `modern(values)`, which gives them in the names of its fields. A key that is neither a field, nor in `ignored`, nor known to leave the
-    arithmetic alone is an error: it is never dropped. A field annotated `Rope` is built from all the rope keys.
+    A missing key takes the field's default. A key that is neither a field, nor in `ignored`, nor known to leave the
+    arithmetic alone is an error: it is never dropped. A field annotated `Rope` is built from all the rope keys, its
+    metadata being further arguments of `parse_rope`. Where old checkpoints spell things otherwise, the class has a
+    static method `modern(values)`, which gives the values in the names of its fields.
     Raises ConfigError, which lists everything found wrong: keys missing, not understood, or of the wrong type.
     """
     if not dataclasses.is_dataclass(cls):
@@ -261,9 +263,8 @@ def _shaped(value: Any, hint: Any) -> Any:
 def _is_bad_size(key: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_bad_size(key, item) for item in value)
-    return type(value) in (int, float) and (
-        value < (1 if key in _POSITIVE else 0) or (not value and key in _ABOVE_ZERO)
-    )
+    least = 1 if key in _POSITIVE else 0
+    return type(value) in (int, float) and (value < least or (value == 0 and key in _ABOVE_ZERO))
 
 
 def _describe(hint: Any) -> str:

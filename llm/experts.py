@@ -28,7 +28,7 @@ class ExpertLinear(Module):
 
 
 class Experts(Module):
-    """Gated feed-forward layers, of which a token takes some: `ids` [n, k], with `weights` [n, k] that they count by."""
+    """Gated feed-forward layers, of which a token takes some: `ids` [n, k], each counted by `weights` [n, k]."""
 
     def __init__(self, experts: int, width: int, hidden: int, dtype: str):
         self.gate_proj = ExpertLinear(experts, width, hidden, dtype)

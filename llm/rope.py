@@ -6,7 +6,7 @@ YaRN (2309.00071), LongRoPE (2402.13753); "llama3" is Llama 3.1's own scheme, "d
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,11 +63,6 @@ class Rope:
     rotary_dim: int
     max_position_embeddings: int | None = None
     scaling: RopeScaling | None = None
-
-
-def rope_field(*, layer_type: str | None = None, theta: float = 10000.0, partial_rotary_factor: float = 1.0) -> Any:
-    """A field of a config's dataclass, annotated `Rope`: how `parse_rope` makes it, where defaults are not the usual."""
-    return field(metadata={"layer_type": layer_type, "theta": theta, "partial_rotary_factor": partial_rotary_factor})
 
 
 def parse_rope(

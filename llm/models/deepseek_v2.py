@@ -57,7 +57,7 @@ class Config:
 
     @staticmethod
     def modern(raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Without what transformers works out itself."""
+        """Without what follows from the rest."""
         return {key: value for key, value in raw.items() if key not in ("head_dim", "qk_head_dim")}
 
     def __post_init__(self):

@@ -60,7 +60,7 @@ class Config:
 
     @staticmethod
     def modern(raw: Mapping[str, Any]) -> dict[str, Any]:
-        """Without what transformers works out itself, and the layers that guess more tokens at once, which a forward does not run."""
+        """Without what follows from the rest, and the layers that guess further tokens, which no forward needs."""
         return {key: value for key, value in raw.items() if key not in _UNUSED}
 
     def __post_init__(self):

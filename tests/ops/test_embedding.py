@@ -51,9 +51,7 @@ def test_columns(n, rest, width, data, dtype, seed):
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (3, 2), (0, 6)])
 def test_columns_that_are_not_there(start, stop):
-    with pytest.raises(
-        ops.ShapeError, match=rf"columns: start {start} and stop {stop} are no columns of x float32\[2, 5"
-    ):
+    with pytest.raises(ops.ShapeError, match=rf"start {start} and stop {stop} are no columns of x float32\[2, 5"):
         ops.columns(ops.zeros((2, 5)), start=start, stop=stop)
 
 
