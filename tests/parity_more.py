@@ -8,9 +8,17 @@ _TEXT = {"vocab_size": 131, "num_hidden_layers": 3, "hidden_size": 64, "max_posi
 
 # The small config of the families that do not take Llama's names.
 BASES: dict[str, dict[str, Any]] = {
-    "gpt2": {"vocab_size": 131, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "gpt2": {"vocab_size": 131, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 256, "n_inner": 112},
     "gpt_neox": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4},
-    "rwkv": {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 4, "context_length": 256},
+    "phi": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "stablelm": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "rwkv": {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 4,
+        "context_length": 256,
+    },
 }
 
 
@@ -38,9 +46,10 @@ _MSCALE = _rope(_YARN | {"mscale": 0.8, "mscale_all_dim": 1.2})
 _FLOAT32: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2, tied", "gpt2", {}),
     ("gpt2, scaled by layer, upcast, untied", "gpt2", {
-        "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True, "n_inner": 112,
+        "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
     } | _UNTIED),
-    ("gpt2, unscaled, relu", "gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
+    ("gpt2, unscaled, relu, four times as wide", "gpt2",
+     {"n_inner": None, "scale_attn_weights": False, "activation_function": "relu"}),
     ("gpt_neox, parallel, a quarter rotates", "gpt_neox", {}),
     ("gpt_neox, serial, gelu_new, tied", "gpt_neox", _SERIAL | _TIED | {"hidden_act": "gelu_new"}),
     ("gpt_neox, no attention biases, all rotates, yarn", "gpt_neox",
@@ -54,7 +63,8 @@ _FLOAT32: list[tuple[str, str, dict[str, Any]]] = [
     ("stablelm, serial, head norms, linear", "stablelm",
      {"qk_layernorm": True} | _rope({"rope_type": "linear", "factor": 2.5, "partial_rotary_factor": 0.5})),
     ("olmo2", "olmo2", {}),
-    ("olmo2, biases, tied, MHA, yarn", "olmo2", {"attention_bias": True, "num_key_value_heads": 4} | _TIED | _rope(_YARN)),
+    ("olmo2, biases, tied, MHA, yarn", "olmo2",
+     {"attention_bias": True, "num_key_value_heads": 4} | _TIED | _rope(_YARN)),
     ("mixtral", "mixtral", _EXPERTS),
     ("mixtral, window 8, one expert, head_dim 24, tied", "mixtral",
      _EXPERTS | {"num_experts_per_tok": 1, "sliding_window": 8, "head_dim": 24} | _TIED),
@@ -79,20 +89,22 @@ _FLOAT32: list[tuple[str, str, dict[str, Any]]] = [
     }),
     ("deepseek_v3, wide queries", "deepseek_v3", _LATENT | _GROUPS | {"q_lora_rank": None, "n_shared_experts": 1}),
     ("rwkv, halved every 2 layers", "rwkv", {"rescale_every": 2}),
-    ("rwkv, never halved, tied", "rwkv", {"rescale_every": 0, "intermediate_size": 112} | _TIED),
+    ("rwkv, never halved, tied", "rwkv", {"rescale_every": 0, "intermediate_size": None} | _TIED),
 ]  # fmt: skip
+# In bfloat16 the last bit may decide which expert a token takes: here it takes all of them.
+_ALL = {"num_experts_per_tok": 5}
+_ALL_ROUTED = {"num_experts_per_tok": 8, "n_group": 4, "topk_group": 4}
 _BFLOAT16: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "gpt2", {}),
     ("gpt_neox", "gpt_neox", {}),
     ("phi, norms of queries and keys", "phi", {"qk_layernorm": True}),
     ("stablelm, parallel, head norms", "stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     ("olmo2", "olmo2", {}),
-    ("mixtral, window 8", "mixtral", _EXPERTS | {"sliding_window": 8}),
-    ("qwen3_moe, normalised", "qwen3_moe", _QWEN_EXPERTS | {"norm_topk_prob": True}),
-    ("gpt_oss, window 8", "gpt_oss", _OSS),
-    ("deepseek_v2, groups, yarn", "deepseek_v2",
-     _LATENT | _GROUPS | _MSCALE | {"topk_method": "group_limited_greedy"}),
-    ("deepseek_v3, groups, yarn", "deepseek_v3", _LATENT | _GROUPS | _MSCALE),
+    ("mixtral, window 8", "mixtral", _EXPERTS | _ALL | {"sliding_window": 8}),
+    ("qwen3_moe, normalised", "qwen3_moe", _QWEN_EXPERTS | {"norm_topk_prob": True, "num_experts_per_tok": 6}),
+    ("gpt_oss, window 8", "gpt_oss", _OSS | _ALL),
+    ("deepseek_v2, yarn", "deepseek_v2", _LATENT | _MSCALE | _ALL_ROUTED),
+    ("deepseek_v3, yarn", "deepseek_v3", _LATENT | _MSCALE | _ALL_ROUTED),
     ("rwkv", "rwkv", {"rescale_every": 2}),
 ]  # fmt: skip
 
