@@ -48,7 +48,10 @@ class State(NamedTuple):
 
 
 class Memory(Cache):
-    """The layers' states in the place of keys and values. A state cannot be shortened: that forgets all of it."""
+    """The layers' states in the place of keys and values.
+
+    A state cannot be shortened: after `truncate` what is left is read again, by the next forward.
+    """
 
     def __init__(self, limit: int, dtype: str | None = None):
         super().__init__(limit, dtype)
@@ -69,11 +72,14 @@ class Memory(Cache):
         super().commit(ids)
         self._states, self._next = {**self._states, **self._next}, {}
 
+    def unread(self, ids: Tensor) -> Tensor:
+        """The tokens that a forward of `ids` reads: also those that the states have lost."""
+        return ops.tensor(np.array(self.ids + ids.numpy().tolist(), "int32")) if self.ids and not self._states else ids
+
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens; of what was read more than that, forget everything."""
         if length != len(self):
             super().truncate(length)
-            self.ids, self._states = [], {}
+            self._states = {}
 
     def copy(self) -> Memory:
         twin = Memory(self.limit, self.dtype)
@@ -181,10 +187,11 @@ class Rwkv(Model):
         ids = self.ids(ids)
         cache = self.new_cache() if cache is None else cache
         cache.extend(len(ids))
-        x = self.embeddings(ids)
+        read = cache.unread(ids)
+        x = self.embeddings(read)
         for block in self.blocks:
             x = block(x, cache, self._start)
-        x = self.ln_out(self.last(x, logits_to_keep))
+        x = self.ln_out(self.last(x[len(read) - len(ids) :], logits_to_keep))
         logits = ops.linear(x, self.embeddings.weight) if self.config.tie_word_embeddings else self.head(x)
         cache.commit(ids)
         return logits
