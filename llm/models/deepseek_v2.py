@@ -67,6 +67,11 @@ class Config:
                 f"num_key_value_heads is {self.num_key_value_heads}, expected {self.num_attention_heads}: "
                 f"every head has keys of its own"
             )
+        if self.topk_method == "group_limited_greedy" and not (self.n_group and self.topk_group):
+            raise ConfigError("topk_method 'group_limited_greedy' needs n_group and topk_group")
+        groups = self.n_group if self.topk_method == "group_limited_greedy" and self.n_group else 1
+        if self.n_routed_experts % groups:
+            raise ConfigError(f"{self.n_routed_experts} experts are no {groups} equal groups")
 
     @property
     def head_dim(self) -> int:

@@ -70,6 +70,9 @@ class Config:
                 f"num_key_value_heads is {self.num_key_value_heads}, expected {self.num_attention_heads}: "
                 f"every head has keys of its own"
             )
+        groups = self.n_group
+        if self.n_routed_experts % groups:
+            raise ConfigError(f"{self.n_routed_experts} experts are no {groups} equal groups")
 
     @property
     def head_dim(self) -> int:

@@ -40,6 +40,7 @@ def example(name: str, rng: np.random.Generator, dtype: str) -> Call:
     at = rng.permutation(21)[:ROWS].astype("int32")
     sinks = random(rng, (6,), dtype)
     scores = random(rng, (ROWS, 6, 13), "float32")
+    decay = [np.abs(random(rng, (*rows, WIDTH), "float32")) for rows in ((), (), (3,))]
     op = registry[name]
     arguments: dict[str, tuple[tuple, dict[str, Any]]] = {
         "linear": ((x, random(rng, (11, WIDTH), "bfloat16"), random(rng, (11,), "float16")), {}),
