@@ -14,6 +14,20 @@ from .nn import Embedding, Linear, Module
 
 Activation = Literal["silu", "gelu_pytorch_tanh"]
 
+Nonlinearity = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu", "silu"]
+
+
+def activate(x: Tensor, name: Nonlinearity) -> Tensor:
+    """HF's activation of that name. All spellings of gelu but the first are its approximation by tanh."""
+    match name:
+        case "gelu":
+            return ops.gelu(x)
+        case "relu":
+            return ops.relu(x)
+        case "silu":
+            return ops.silu(x)
+    return ops.gelu(x, approximate="tanh")
+
 
 class MLP(Module):
     """The gated feed-forward layer: down(activation(gate(x)) * up(x)). Shazeer 2020.

@@ -67,6 +67,7 @@ HARMLESS_AT: Mapping[str, tuple[Any, str]] = {
     "rope_interleaved": (False, "it rotates neighbouring pairs"),
     "rope_scaling": (None, "it changes the rotary frequencies"),
     "rope_parameters": (None, "it sets the rotary frequencies"),
+    "shared_expert_intermediate_size": (0, "it adds a shared expert"),
     "sliding_window": (None, "it limits how far attention reaches"),
     "tie_encoder_decoder": (False, "it is an encoder-decoder"),
     "use_mrope": (False, "it uses multimodal rotary positions"),
@@ -90,6 +91,10 @@ _POSITIVE = frozenset(
         "sliding_window",
         "sliding_window_pattern",
         "vocab_size",
+        *("n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+        *("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+        *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "context_length", "attention_hidden_size"),
     }
 )
 _ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"})  # divided by

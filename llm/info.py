@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ops import Spec, store, target
+from ops import store, target
 from ops.quantize import FORMATS
 
+from .load import build, config_values
 from .tree import size
 
 
@@ -42,10 +43,9 @@ def show(model: Any, name: str) -> None:
 
 
 def nbytes_as(model: Any, dtype: str) -> int:
-    """What the weights take as `llm.load(..., weights=dtype)` holds them: in a packed format only the matrices."""
-    rest = "float32" if dtype in FORMATS else dtype
-    shapes = [weight.shape for _, weight in model.parameters()]
-    return sum(Spec(shape, dtype if len(shape) == 2 else rest).nbytes for shape in shapes)
+    """What the weights take in a float dtype, or as `llm.load(..., weights=dtype)` holds them in a packed format."""
+    packed = dtype in FORMATS
+    return build(config_values(model), "float32" if packed else dtype, dtype if packed else None).nbytes
 
 
 def _dtypes(model: Any) -> str:

@@ -111,7 +111,7 @@ def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = Non
     model = model_class(parse_config(config_class, raw), dtype)
     if weights is not None:
         for name, spec in list(model.parameters()):
-            if spec.ndim == 2:
+            if spec.ndim == 2 and not name.endswith(model.kept or ("\0",)):
                 model.set_parameter(name, Spec(spec.shape, weights))
     if weights in FORMATS:
         model.cache_dtype = "float16"
@@ -142,7 +142,8 @@ def _stored_dtype(tensors: dict[str, Any]) -> str:
 
 
 def _fill(model: Model, tensors: dict[str, Any], files: list[Path], progress: bool) -> None:
-    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    tensors = dict(model.from_checkpoint(tensors))
+    tied = tuple(f"{head}.weight" for head in model.heads) if model.config.tie_word_embeddings else ()
     unknown = {name: a.dtype.name for name, a in tensors.items() if a.dtype not in [DTYPES[each] for each in FLOATS]}
     unknown = {name: kind for name, kind in unknown.items() if kind != "float64" and not name.endswith(model.ignored)}
     if unknown:
@@ -154,7 +155,7 @@ def _fill(model: Model, tensors: dict[str, Any], files: list[Path], progress: bo
 
 def save(model: Model, directory: Path) -> Path:
     """Write config, weights and tokenizer in Hugging Face's layout: into a folder beside `directory`, then renamed."""
-    tensors = {name: weight.numpy() for name, weight in model.named_tensors().items()}
+    tensors = dict(model.to_checkpoint({name: weight.numpy() for name, weight in model.named_tensors().items()}))
     values = config_values(model)
     _check_expressible(model, values)
     directory = directory.expanduser().absolute()
@@ -202,7 +203,7 @@ def config_values(model: Model) -> dict[str, Any]:
             if name in values and all(hasattr(layer, attribute) for layer in layers):
                 values[name] = [getattr(layer, attribute) for layer in layers]
     values |= {"model_type": model.model_type, "dtype": model.dtype}
-    values["architectures"] = [f"{type(model).__name__}ForCausalLM"]
+    values["architectures"] = [model.hf_class or f"{type(model).__name__}ForCausalLM"]
     if model.tokenizer is not None:
         eos = sorted(model.tokenizer.eos_ids)
         values |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import re
 import secrets
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import llm
+from tests.parity_more import BASES, MORE
 
 PROMPT, STEPS, GREEDY = 37, 24, 64
 BOUNDS = {"float32": 2e-4, "bfloat16": 1.6e-2}
@@ -168,6 +170,7 @@ CASES = [
     Case("phi3, longrope, bfloat16", _phi3_longrope(16, 128), "phi3", dtype="bfloat16"),
     Case("granite, multipliers, bfloat16", _GRANITE, "granite", dtype="bfloat16"),
     Case("smollm3, window 8, bfloat16", _SMOL, "smollm3", dtype="bfloat16"),
+    *(Case(**each) for each in MORE),
 ]
 
 
@@ -211,15 +214,18 @@ def _reference(case: Case, seed: int) -> Any:
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.for_model(case.model_type, **(SMALL | case.config))
+    config = transformers.AutoConfig.for_model(case.model_type, **(BASES.get(case.model_type, SMALL) | case.config))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if re.search(r"(norm|norms\.\d+|ln_\w+|ln\d)\.weight$", name):
                 centre = 0 if "gemma" in case.model_type else 1  # Gemma multiplies by 1 + weight
                 parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
             else:
                 parameter.copy_(_deviation(case, name, parameter) * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     return model.to(getattr(torch, case.dtype)).eval()
 
 
@@ -240,10 +246,11 @@ def _theirs(model: Any, ids: np.ndarray) -> np.ndarray:
 
     rows = []
     with torch.no_grad():
-        cache = None
+        kept = "state" if model.config.model_type == "rwkv" else "cache"
+        held: dict[str, Any] = {kept: None}
         for part in np.split(ids, np.cumsum([PROMPT] + [1] * STEPS)[:-1]):
-            output = model(torch.tensor(part)[None], cache=cache, use_cache=True)
-            cache = output.cache
+            output = model(torch.tensor(part)[None], **held, use_cache=True)
+            held = {kept: output[kept]}
             rows.append(output.logits[0].float().numpy())
     return np.concatenate(rows)
 
