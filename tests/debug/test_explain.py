@@ -63,15 +63,7 @@ def example(name: str, rng: np.random.Generator, dtype: str) -> Call:
         "combine": ((heads, random(rng, (ROWS, 6), "float32")), {}),
         "clamped_swiglu": ((x, x[::-1].copy()), {"alpha": 1.7, "limit": 0.8}),
         "token_mix": ((x, x[:1].copy(), row), {}),
-        "wkv": (
-            (
-                x,
-                x[::-1].copy(),
-                *(random(rng, (WIDTH,), "float32") for _ in range(2)),
-                1 + random(rng, (3, WIDTH), "float32") ** 2,
-            ),
-            {},
-        ),
+        "wkv": ((x, x[::-1].copy(), *decay), {}),
         "concat": ((x, random(rng, (2, WIDTH), dtype)), {}),
         "cache_write": ((k, random(rng, (ROWS, 2, 10), "float32"), at), {}),
         "softcap": ((x,), {"cap": 2.5}),
