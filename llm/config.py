@@ -106,7 +106,8 @@ def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[st
     A missing key takes the field's default. A key that is neither a field, nor in `ignored`, nor known to leave the
     arithmetic alone is an error: it is never dropped. A field annotated `Rope` is built from all the rope keys, its
     metadata being further arguments of `parse_rope`. Where old checkpoints spell things otherwise, the class has a
-    static method `modern(values)`, which gives the values in the names of its fields.
+    static method `modern(values)`, which gives the values in the names of its fields; where transformers still wants
+    the old ones, another, `written(values)`, gives them back.
     Raises ConfigError, which lists everything found wrong: keys missing, not understood, or of the wrong type.
     """
     if not dataclasses.is_dataclass(cls):

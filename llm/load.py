@@ -207,7 +207,7 @@ def config_values(model: Model) -> dict[str, Any]:
     if model.tokenizer is not None:
         eos = sorted(model.tokenizer.eos_ids)
         values |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
-    return values
+    return getattr(config, "written", dict)(values)
 
 
 def randomize(model: Model, seed: int = 0) -> Model:

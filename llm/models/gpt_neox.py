@@ -39,6 +39,12 @@ class Config:
         """Pythia's configs have names of their own for the rotary embedding."""
         return {_RENAMED.get(key, key): value for key, value in raw.items()}
 
+    @staticmethod
+    def written(values: Mapping[str, Any]) -> dict[str, Any]:
+        """With those names, which transformers asks for."""
+        old = {new: name for name, new in _RENAMED.items()}
+        return {old.get(key, key): value for key, value in values.items()}
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads

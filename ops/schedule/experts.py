@@ -199,7 +199,7 @@ def _packed(p: Mixture) -> Any:
                     at = activations.at(line // activations.tokens, group, line % activations.tokens)
                     product = held(dot.product(record.weights, activations.words(at), activations.start(at)))
                     before = vector.load(totals, [i, i64(0)], lanes)
-                    total = held(quantized.added(record, activations, at, product, before))
+                    total = held(quantized.with_group(record, activations, at, product, before))
                     vector.store(totals, [i, i64(0)], total, lanes)
             with T.grid(some, i64(lanes)) as (i, r):
                 p.store(pair(start + i), expert, block * lanes + r, totals[i, r])

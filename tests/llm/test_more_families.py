@@ -257,7 +257,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is True"),
     ("gpt2", {"activation_function": "swish"}, "'activation_function' is 'swish'"),
     ("gpt2", {"n_head": 5}, "n_embd 768 is not a multiple of n_head 5"),
-    ("gpt_neox", {"rotary_pct": 0.3}, "must be an even size"),
+    ("gpt_neox", {"rotary_pct": 0.01}, "must be an even size"),
     ("phi", {"tie_word_embeddings": True}, "'tie_word_embeddings' is True"),
     ("stablelm", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
     ("olmo2", {"clip_qkv": 8.0}, "it clamps queries, keys and values"),
