@@ -76,6 +76,14 @@ def test_the_names_are_those_of_transformers(case, tmp_path):
             assert getattr(said, name) == value, name
 
 
+@pytest.mark.parametrize("case", [each for each in SINGLE if each.model_type in LIKE_LLAMA], ids=lambda case: case.name)
+def test_what_a_config_leaves_out_is_what_transformers_takes(case):
+    """It writes layer types, thetas and lengths in full: a parity case alone says nothing of how they follow."""
+    transformers = pytest.importorskip("transformers", reason="the parity extra is not installed")
+    full = transformers.AutoConfig.for_model(case.model_type, **(parity.SMALL | case.config))
+    assert build(json.loads(full.to_json_string(use_diff=False))).config == build(raw(case)).config
+
+
 @pytest.mark.parametrize("case", {case.model_type: case for case in SINGLE}.values(), ids=lambda case: case.name)
 def test_a_token_takes_what_info_says(case, rng):
     model = drawn(rng, raw(case))
