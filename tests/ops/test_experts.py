@@ -1,5 +1,7 @@
 """Mixtures of experts: the choice, the products with the chosen matrices, the sum."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -166,6 +168,7 @@ def test_nan_stays_and_hurts_no_other_token(rng):
 
 def test_routes_that_are_refused():
     logits = ops.zeros((2, 8))
+    wrong: dict[str, Any]
     for wrong in ({"k": 0}, {"k": 9}, {"k": 3, "groups": 4}, {"k": 1, "groups": 3}, {"k": 1, "groups": 8, "best": 2}):
         with pytest.raises(ops.OpError):
             ops.route(logits, **wrong)
