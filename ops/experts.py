@@ -49,7 +49,7 @@ def experts_linear(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None =
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias is {bias}, expected [{weight.shape[0]}] for weight {weight}")
     outputs = weight.shape[0] // experts
-    if weight.format is not None and outputs % target.lanes():
+    if weight.dtype in FORMATS and outputs % target.lanes():
         raise OpError(
             f"weight is {weight}: a packed expert has a multiple of {target.lanes()} rows, these {outputs}; "
             f"leave the experts unpacked"

@@ -74,7 +74,7 @@ class MLP(Module):
     def __init__(self, c: Config, dtype: str):
         self.c_fc = Linear(c.n_embd, c.n_inner or 4 * c.n_embd, True, dtype)
         self.c_proj = Linear(c.n_inner or 4 * c.n_embd, c.n_embd, True, dtype)
-        self.activation = c.activation_function
+        self.activation: Nonlinearity = c.activation_function
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(activate(self.c_fc(x), self.activation))

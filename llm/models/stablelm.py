@@ -46,7 +46,7 @@ class HeadNorms(Module):
     """A layer norm without bias for each head."""
 
     def __init__(self, heads: int, head_dim: int, eps: float, dtype: str):
-        self.norms = Module()  # the checkpoint's list of them, one behind the other
+        self.norms: Any = Module()  # the checkpoint's list of them, one behind the other
         self.norms.weight = Spec((heads * head_dim,), dtype)
         self.head_dim, self.eps = head_dim, eps
         self._ones = ops.tensor(np.ones(head_dim, "float32"))

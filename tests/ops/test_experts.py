@@ -1,5 +1,7 @@
 """Mixtures of experts: the choice, the products with the chosen matrices, the sum."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,15 +24,16 @@ def operands(rng, n, k, experts, inputs, outputs, x_dtype="float32", weight_dtyp
 
 @pytest.mark.parametrize("x_dtype", DTYPE_NAMES)
 @pytest.mark.parametrize("weight_dtype", DTYPE_NAMES)
-@pytest.mark.parametrize("each", [False, True])
-def test_every_pair_of_dtypes(rng, x_dtype, weight_dtype, each):
+def test_every_pair_of_dtypes(rng, x_dtype, weight_dtype):
+    each = x_dtype == weight_dtype
     for n in TOKENS:
         x, weight, ids = operands(rng, n, 3, 5, 45, 19, x_dtype, weight_dtype, each)
         check(ops.experts_linear, x, weight, ids, random(rng, (5 * 19,), weight_dtype), experts=5)
 
 
-@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 130), (33, 7), (257, 33), (1024, 66)])
-@pytest.mark.parametrize("k, experts", [(1, 1), (2, 4), (8, 64)])
+@pytest.mark.parametrize(
+    "inputs, outputs, k, experts", [(1, 1, 1, 1), (7, 130, 8, 64), (33, 7, 2, 3), (257, 33, 1, 4), (1024, 66, 8, 8)]
+)
 def test_odd_sizes(rng, inputs, outputs, k, experts):
     for n in TOKENS:
         check(ops.experts_linear, *operands(rng, n, k, experts, inputs, outputs), experts=experts)
@@ -42,8 +45,7 @@ def test_any_number_of_tokens(n, seed):
     check(ops.experts_linear, *operands(np.random.default_rng(seed), n, 3, 7, 45, 19), experts=7)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q4", "q8"])
-@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind, each", [("float32", False), ("bfloat16", True), ("q4", False), ("q8", True)])
 def test_a_token_does_not_depend_on_the_others(rng, kind, each):
     x, weight, ids = operands(rng, 70, 3, 5, 130, 48, each=each)
     weight = ops.tensor(weight, kind)
@@ -60,8 +62,7 @@ def test_all_tokens_of_one_expert(rng):
         check(ops.experts_linear, x, ops.tensor(weight, kind), ids, experts=4)
 
 
-@pytest.mark.parametrize("form", ["q4", "q8"])
-@pytest.mark.parametrize("x_dtype", DTYPE_NAMES)
+@pytest.mark.parametrize("form, x_dtype", [("q4", "float32"), ("q8", "bfloat16"), ("q4", "float16")])
 def test_packed(rng, form, x_dtype):
     for n in TOKENS:
         for inputs, each in ((96, False), (77, True)):
@@ -77,8 +78,7 @@ def test_on_all_threads(rng, kind):
         check(ops.experts_linear, x, ops.tensor(weight, kind), ids, experts=4)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q8"])
-@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind, each", [("float32", False), ("bfloat16", True), ("q8", False), ("q4", True)])
 def test_the_block_definition(rng, kind, each):
     for n in (1, 5, 20):
         x, weight, ids = operands(rng, n, 2, 3, 45, target.lanes(), each=each)
@@ -86,7 +86,7 @@ def test_the_block_definition(rng, kind, each):
             ops.tensor(x),
             ops.tensor(weight, kind),
             ops.tensor(ids),
-            ops.tensor(random(rng, (len(weight),), kind if kind != "q8" else "float32")),
+            ops.tensor(random(rng, (len(weight),), kind if kind[0] != "q" else "float32")),
         )
         with ops.experts_linear.use(ops.experts_linear._request(arrays, {"experts": 3}).blocks()) as use:
             check(ops.experts_linear, *arrays, experts=3)
@@ -131,24 +131,24 @@ def test_packed_experts_that_share_a_record_are_refused():
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("experts, k", [(1, 1), (5, 2), (64, 6), (33, 33)])
-def test_route(rng, dtype, normalise, scoring, experts, k):
+@pytest.mark.parametrize(
+    "experts, k, scoring, normalise",
+    [(1, 1, "softmax", False), (5, 2, "sigmoid", True), (64, 6, "softmax", True), (33, 33, "sigmoid", False)],
+)
+def test_route(rng, dtype, experts, k, scoring, normalise):
     for n in (1, 3, 40):
         logits = random(rng, (n, experts), dtype, 2.0)
         check(ops.route, logits, k=k, scoring=scoring, normalise=normalise, scale=1.5)
 
 
 @pytest.mark.parametrize("scoring, best", [("softmax", 1), ("sigmoid", 1), ("sigmoid", 2), ("softmax", 2)])
-@pytest.mark.parametrize("groups, kept", [(1, 1), (4, 1), (4, 3), (8, 8)])
+@pytest.mark.parametrize("groups, kept", [(4, 1), (4, 3), (8, 8)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_route_by_groups(rng, scoring, best, groups, kept, biased):
-    for n in (1, 30):
-        logits, bias = random(rng, (n, 32), "float32"), (random(rng, (32,), "float32"),) * biased
-        weights, ids = check(ops.route, logits, *bias, k=4, scoring=scoring, groups=groups, kept=kept, best=best)
-        assert all(len(set(row)) == 4 and len(set(row // (32 // groups))) <= kept for row in ids.numpy())
-        assert (weights.numpy() > 0).all()
+    logits, bias = random(rng, (30, 32), "float32"), (random(rng, (32,), "float32"),) * biased
+    weights, ids = check(ops.route, logits, *bias, k=4, scoring=scoring, groups=groups, kept=kept, best=best)
+    assert all(len(set(row)) == 4 and len(set(row // (32 // groups))) <= kept for row in ids.numpy())
+    assert (weights.numpy() > 0).all()
 
 
 def test_of_equal_experts_the_first(rng):
@@ -168,6 +168,7 @@ def test_nan_stays_and_hurts_no_other_token(rng):
 
 def test_routes_that_are_refused():
     logits = ops.zeros((2, 8))
+    wrong: dict[str, Any]
     for wrong in ({"k": 0}, {"k": 9}, {"k": 3, "groups": 4}, {"k": 1, "groups": 3}, {"k": 1, "groups": 8, "best": 2}):
         with pytest.raises(ops.OpError):
             ops.route(logits, **wrong)
