@@ -135,15 +135,17 @@ def chat(
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a llama2.c .bin, or a Hub name")
+        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a config.json, a llama2.c .bin, or a Hub name")
     ] = "tiny",
     weights: Weights = None,
     revision: Revision = None,
 ) -> None:
-    """Show a model's tree, what it needs, its tokenizer."""
+    """Show a model's tree, what it needs, its tokenizer. Its config.json is enough: weights need not be there."""
     from .info import show
+    from .load import outline
 
-    show(_load(model, None, weights, "cpu", revision), model)
+    found = outline(model, weights) if model != "tiny" and revision is None else None
+    show(found or _load(model, None, weights, "cpu", revision), model)
 
 
 @app.command()

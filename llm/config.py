@@ -46,8 +46,11 @@ HARMLESS_AT: Mapping[str, tuple[Any, str]] = {
     "attention_multiplier": (1, "it scales the attention scores"),
     "residual_multiplier": (1, "it scales the residual branches"),
     "logits_scaling": (1, "it scales the logits"),
+    "lm_head_bias": (False, "it adds a bias to the logits"),
     "logit_scale": (1, "it scales the logits"),
     "final_logit_softcapping": (None, "it caps the logits"),
+    "full_attn_mod": (1, "it makes some layers attend to everything"),
+    "interpolate_factor": (1, "it stretches the positions"),
     "is_decoder": (False, "it changes the attention mask"),
     "is_encoder_decoder": (False, "it is an encoder-decoder"),
     "is_llama_config": (True, "the model is not a Llama"),
@@ -64,12 +67,14 @@ HARMLESS_AT: Mapping[str, tuple[Any, str]] = {
     "rope_interleaved": (False, "it rotates neighbouring pairs"),
     "rope_scaling": (None, "it changes the rotary frequencies"),
     "rope_parameters": (None, "it sets the rotary frequencies"),
+    "shared_expert_intermediate_size": (0, "it adds a shared expert"),
     "sliding_window": (None, "it limits how far attention reaches"),
     "tie_encoder_decoder": (False, "it is an encoder-decoder"),
     "use_mrope": (False, "it uses multimodal rotary positions"),
     "use_qk_norm": (False, "it normalises queries and keys"),
     "use_sliding_window": (False, "it limits how far attention reaches"),
 }
+LayerType = Literal["full_attention", "sliding_attention"]
 _SLIDING = ("sliding_window", "max_window_layers")  # mean nothing where use_sliding_window is false
 
 _POSITIVE = frozenset(
@@ -78,29 +83,41 @@ _POSITIVE = frozenset(
         "hidden_size",
         "intermediate_size",
         "max_position_embeddings",
+        "no_rope_layer_interval",
         "num_attention_heads",
         "num_hidden_layers",
         "num_key_value_heads",
+        "query_pre_attn_scalar",
         "sliding_window",
+        "sliding_window_pattern",
         "vocab_size",
+        *("n_positions", "n_embd", "n_layer", "n_head", "n_inner"),
+        *("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
+        *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "context_length", "attention_hidden_size"),
     }
 )
+_ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"})  # divided by
 
 
 def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> C:
     """Build the dataclass `cls`, whose fields carry HF's names, from the values of a config.json.
 
     A missing key takes the field's default. A key that is neither a field, nor in `ignored`, nor known to leave the
-    arithmetic alone is an error: it is never dropped. A field annotated `Rope` is built from all the rope keys.
+    arithmetic alone is an error: it is never dropped. A field annotated `Rope` is built from all the rope keys, its
+    metadata being further arguments of `parse_rope`. Where old checkpoints spell things otherwise, the class has a
+    static method `modern(values)`, which gives the values in the names of its fields; where transformers still wants
+    the old ones, another, `written(values)`, gives them back.
     Raises ConfigError, which lists everything found wrong: keys missing, not understood, or of the wrong type.
     """
     if not dataclasses.is_dataclass(cls):
         raise TypeError(f"parse_config builds dataclasses, given {cls!r}")
+    raw = getattr(cls, "modern", dict)(raw)
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    rope_field = next((name for name in fields if hints[name] is Rope), None)
-    plain = {name: field for name, field in fields.items() if name != rope_field}
-    understood = plain.keys() | set(ignored) | (ROPE_KEYS if rope_field else set())
+    ropes = {name: field for name, field in fields.items() if hints[name] is Rope}
+    plain = {name: field for name, field in fields.items() if name not in ropes}
+    understood = plain.keys() | set(ignored) | (ROPE_KEYS if ropes else set())
     problems = [_refusal(key, raw, fields) for key in raw if key not in understood]
     values: dict[str, Any] = {}
     missing: list[str] = []
@@ -116,12 +133,41 @@ def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[st
         problems.insert(0, f"missing keys {', '.join(map(repr, missing))}")
     if problems := [problem for problem in problems if problem]:
         raise ConfigError(f"config of {raw.get('model_type', cls.__name__)}: {'; '.join(problems)}")
-    if rope_field:
+    if ropes:
         known = {name: field.default for name, field in plain.items() if field.default is not dataclasses.MISSING}
         known |= {key: value for key, value in raw.items() if value is not None}
-        values[rope_field] = parse_rope(known, _head_dim(known))
+        for name, field in ropes.items():
+            values[name] = parse_rope(known, _head_dim(known), **field.metadata)
         _check_heads(known)
     return cls(**values)
+
+
+def rope_values(config: Any) -> dict[str, Any]:
+    """The keys of a config.json that give the `Rope` fields of `config` back."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        rope = getattr(config, field.name)
+        if not isinstance(rope, Rope):
+            continue
+        scaling = {} if rope.scaling is None else dataclasses.asdict(rope.scaling)
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        part = rope.rotary_dim / config.head_dim
+        found: dict[str, Any] = {"rope_theta": rope.theta}
+        found |= {"partial_rotary_factor": part} if part != field.metadata.get("partial_rotary_factor", 1.0) else {}
+        if layer_type := field.metadata.get("layer_type"):
+            values.setdefault("rope_parameters", {})[layer_type] = {"rope_type": "default"} | found | scaling
+        else:
+            values |= found | ({"rope_scaling": scaling} if scaling else {})
+    return values
+
+
+def check_layer_types(config: Any) -> None:
+    """Raises ConfigError unless `layer_types` has an entry a layer, and a window where one asks for it."""
+    kinds, layers = config.layer_types, config.num_hidden_layers
+    if len(kinds) != layers:
+        raise ConfigError(f"layer_types has {len(kinds)} entries, expected {layers}, one for each layer")
+    if "sliding_attention" in kinds and config.sliding_window is None:
+        raise ConfigError("layer_types asks for sliding_attention, and there is no sliding_window (or it is off)")
 
 
 def _refusal(key: str, raw: Mapping[str, Any], fields: Collection[str]) -> str:
@@ -170,9 +216,8 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     """`value` as the annotation wants it: an int serves as a float, a list as a tuple; nothing else is bent."""
     if _fits(value, hint):
         if _is_bad_size(key, value):
-            raise ConfigError(
-                f"{key!r} is {value}, expected {'at least 1' if key in _POSITIVE else 'no negative number'}"
-            )
+            least = "at least 1" if key in _POSITIVE else "more than 0" if key in _ABOVE_ZERO else "no negative number"
+            raise ConfigError(f"{key!r} is {value}, expected {least}")
         return _shaped(value, hint)
     raise ConfigError(f"{key!r} is {_short(value)} ({_json_type(value)}), expected {_describe(hint)}")
 
@@ -222,7 +267,8 @@ def _shaped(value: Any, hint: Any) -> Any:
 def _is_bad_size(key: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_is_bad_size(key, item) for item in value)
-    return type(value) in (int, float) and value < (1 if key in _POSITIVE else 0)
+    least = 1 if key in _POSITIVE else 0
+    return type(value) in (int, float) and (value < least or (value == 0 and key in _ABOVE_ZERO))
 
 
 def _describe(hint: Any) -> str:

@@ -212,7 +212,7 @@ def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool 
         return 0
 
     def run() -> None:
-        cache = Cache(model.context, dtype)
+        cache = model.new_cache(dtype)
         model([0] * min(tokens, cache.limit), cache, logits_to_keep=1)
         if len(cache) < cache.limit:
             model([0], cache, logits_to_keep=1)

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from ops import store, target
+from ops.quantize import FORMATS
 
+from .load import build, config_values
 from .tree import size
 
 
@@ -21,12 +23,15 @@ def show(model: Any, name: str) -> None:
     """The model's tree, then a table of what it is and needs."""
     console = Console(highlight=False, markup=False)
     console.print(repr(model), soft_wrap=True)
+    values = model.token_values
     parameters = sum(weight.size for _, weight in model.parameters())
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in (
         ("model", f"{name} ({model.model_type})"),
         ("parameters", f"{parameters:,}"),
         ("weights", f"{size(model.nbytes)} as {_dtypes(model)}"),
+        *((f"  as {each}", size(nbytes_as(model, each))) for each in ("float32", "bfloat16", "q8", "q4")),
+        ("cache", f"{size(4 * values)} a token as float32, {size(2 * values)} as float16 or bfloat16"),
         ("context", f"{model.context} tokens"),
         ("vocabulary", _vocabulary(model)),
         ("chat template", "yes" if model.tokenizer and model.tokenizer.chat_template else "no"),
@@ -35,6 +40,12 @@ def show(model: Any, name: str) -> None:
     ):
         table.add_row(label, value)
     console.print(table)
+
+
+def nbytes_as(model: Any, dtype: str) -> int:
+    """What the weights take in a float dtype, or as `llm.load(..., weights=dtype)` holds them in a packed format."""
+    packed = dtype in FORMATS
+    return build(config_values(model), "float32" if packed else dtype, dtype if packed else None).nbytes
 
 
 def _dtypes(model: Any) -> str:

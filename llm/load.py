@@ -19,13 +19,16 @@ from ops import Spec, Tensor, memory, quantize
 from ops.quantize import FORMATS
 from ops.spec import DTYPES, FLOATS
 
-from .config import parse_config
+from .config import parse_config, rope_values
 from .errors import CheckpointError, ConfigError, UserError
 from .model import Model
 from .models import architecture
 from .nn import load_parameters
+from .rope import Rope
 from .tokenizer import Tokenizer
 from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
+
+_OF_LAYERS = {"layer_types": "layer_type", "no_rope_layers": "use_rope"}  # lists in a config -> what a layer knows
 
 
 def load(
@@ -59,6 +62,24 @@ def load(
     return read(path, dtype, weights, progress)
 
 
+def outline(name_or_path: str | os.PathLike[str], weights: str | None = None) -> Model | None:
+    """The model of a config.json, or of a folder that holds no weights, without them; None where `load` finds some.
+
+    Its dtype is the one that the config names, else float32. Raises UserError for a config that is not understood.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir() and not any(path.glob("*.safetensors*")) and (path / "config.json").is_file():
+        path = path / "config.json"
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    raw = _read_config(path)
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    model = build(raw, named if named in FLOATS and weights not in FORMATS else "float32", weights)
+    if (path.parent / "tokenizer.json").exists():
+        model.tokenizer = Tokenizer.from_directory(path.parent)
+    return model
+
+
 def _load_directory(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
     raw = _read_config(path / "config.json")
     tensors = read_directory(path)
@@ -90,7 +111,7 @@ def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = Non
     model = model_class(parse_config(config_class, raw), dtype)
     if weights is not None:
         for name, spec in list(model.parameters()):
-            if spec.ndim == 2:
+            if spec.ndim == 2 and not name.endswith(model.kept or ("\0",)):
                 model.set_parameter(name, Spec(spec.shape, weights))
     if weights in FORMATS:
         model.cache_dtype = "float16"
@@ -121,7 +142,8 @@ def _stored_dtype(tensors: dict[str, Any]) -> str:
 
 
 def _fill(model: Model, tensors: dict[str, Any], files: list[Path], progress: bool) -> None:
-    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    tensors = dict(model.from_checkpoint(tensors))
+    tied = tuple(f"{head}.weight" for head in model.heads) if model.config.tie_word_embeddings else ()
     unknown = {name: a.dtype.name for name, a in tensors.items() if a.dtype not in [DTYPES[each] for each in FLOATS]}
     unknown = {name: kind for name, kind in unknown.items() if kind != "float64" and not name.endswith(model.ignored)}
     if unknown:
@@ -133,7 +155,7 @@ def _fill(model: Model, tensors: dict[str, Any], files: list[Path], progress: bo
 
 def save(model: Model, directory: Path) -> Path:
     """Write config, weights and tokenizer in Hugging Face's layout: into a folder beside `directory`, then renamed."""
-    tensors = {name: weight.numpy() for name, weight in model.named_tensors().items()}
+    tensors = dict(model.to_checkpoint({name: weight.numpy() for name, weight in model.named_tensors().items()}))
     values = config_values(model)
     _check_expressible(model, values)
     directory = directory.expanduser().absolute()
@@ -171,22 +193,21 @@ def _check_expressible(model: Model, values: dict[str, Any]) -> None:
 
 def config_values(model: Model) -> dict[str, Any]:
     """The config.json of a model, in HF's names, as it stands: a changed number of layers is written as it is."""
-    config, rope = model.config, model.config.rope
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "rope"}
+    config = model.config
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if not isinstance(value, Rope)} | rope_values(config)
     layers = getattr(model, "layers", None)
     if layers is not None:
         values["num_hidden_layers"] = len(layers)
-    values |= {"model_type": model.model_type, "dtype": model.dtype, "rope_theta": rope.theta}
-    values["architectures"] = [f"{type(model).__name__}ForCausalLM"]
-    if rope.rotary_dim != config.head_dim:
-        values["partial_rotary_factor"] = rope.rotary_dim / config.head_dim
-    if rope.scaling is not None:
-        scaling = dataclasses.asdict(rope.scaling)
-        values["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
+        for name, attribute in _OF_LAYERS.items():
+            if name in values and all(hasattr(layer, attribute) for layer in layers):
+                values[name] = [getattr(layer, attribute) for layer in layers]
+    values |= {"model_type": model.model_type, "dtype": model.dtype}
+    values["architectures"] = [model.hf_class or f"{type(model).__name__}ForCausalLM"]
     if model.tokenizer is not None:
         eos = sorted(model.tokenizer.eos_ids)
         values |= {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
-    return values
+    return getattr(config, "written", dict)(values)
 
 
 def randomize(model: Model, seed: int = 0) -> Model:

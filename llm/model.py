@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,11 +29,15 @@ class Model(Module):
     """
 
     model_type: ClassVar[str]
+    hf_class: ClassVar[str | None] = None  # None: the class's own name and "ForCausalLM"
     base: ClassVar[str] = "model."
     heads: ClassVar[tuple[str, ...]] = ("lm_head",)
     ignored: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)  # buffers in old checkpoints, computed here
 
+    kept: ClassVar[tuple[str, ...]] = ()  # ends of names of small matrices that are not packed: a choice hangs on them
+
     config: Any
+    layers: Any
     dtype: str
     cache_dtype: str | None = None  # what a new cache holds; None: as the keys come
     tokenizer: Tokenizer | None = None
@@ -45,9 +49,15 @@ class Model(Module):
     @property
     def context(self) -> int:
         """How many tokens the model can attend to; dynamic NTK stretches it by its factor."""
-        scaling = self.config.rope.scaling
+        rope = getattr(self.config, "rope", None)
+        scaling = rope and rope.scaling
         stretch = scaling.factor if scaling and scaling.rope_type == "dynamic" else 1
         return int(self.config.max_position_embeddings * stretch)
+
+    @property
+    def token_values(self) -> int:
+        """How many numbers a cache keeps of a token, in all layers."""
+        return len(self.layers) * 2 * self.config.num_key_value_heads * self.config.head_dim
 
     def ids(self, given: Any) -> Tensor:
         """Token ids as an int32 tensor [n], from a list, an array or a tensor. Raises UserError."""
@@ -71,6 +81,14 @@ class Model(Module):
         if count < 0:
             raise UserError(f"logits_to_keep is {count}, expected a number of tokens, or 0 for all of them")
         return x[-count:]
+
+    def from_checkpoint(self, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The arrays of the parameters, by the checkpoint's names, where a checkpoint holds them in another way."""
+        return named
+
+    def to_checkpoint(self, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The inverse of `from_checkpoint`: what `save` writes."""
+        return named
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Weights by the names that a checkpoint gives them."""

@@ -148,14 +148,26 @@ class Linear(Module):
 
 
 class RMSNorm(Module):
-    """Root-mean-square normalisation; weight: [width]."""
+    """Root-mean-square normalisation; weight: [width]. `plus_one` multiplies by 1 + weight, as Gemma does."""
 
-    def __init__(self, width: int, eps: float, dtype: str = "float32"):
+    def __init__(self, width: int, eps: float, dtype: str = "float32", plus_one: bool = False):
         self.weight: Any = Spec((width,), dtype)
+        self.eps, self.plus_one = eps, plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, eps=self.eps, plus_one=self.plus_one)
+
+
+class LayerNorm(Module):
+    """Normalisation to mean 0 and variance 1; weight and, unless `bias` is False, bias: [width]."""
+
+    def __init__(self, width: int, eps: float, dtype: str = "float32", bias: bool = True):
+        self.weight: Any = Spec((width,), dtype)
+        self.bias: Any = Spec((width,), dtype) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class Embedding(Module):
@@ -175,16 +187,17 @@ class Rotation(NamedTuple):
     positions: Tensor
     frequencies: Tensor
     scale: float
+    interleaved: bool = False  # pairs are neighbours
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.rope(x, self.positions, self.frequencies, scale=self.scale)
+        return ops.rope(x, self.positions, self.frequencies, interleaved=self.interleaved, scale=self.scale)
 
 
 class RotaryEmbedding:
     """Makes the `Rotation` of a forward. Some scalings depend on how many tokens there are in all."""
 
-    def __init__(self, parameters: rope.Rope):
-        self.parameters = parameters
+    def __init__(self, parameters: rope.Rope, interleaved: bool = False):
+        self.parameters, self.interleaved = parameters, interleaved
         self._made: tuple[Any, Tensor, float] | None = None  # for the last regime
 
     def at(self, positions: Tensor, length: int) -> Rotation:
@@ -193,7 +206,7 @@ class RotaryEmbedding:
         if made is None or made[0] != regime:
             values, scale = rope.frequencies(self.parameters, length)
             made = self._made = regime, ops.tensor(np.ascontiguousarray(values)), float(scale)
-        return Rotation(positions, made[1], made[2])
+        return Rotation(positions, made[1], made[2], self.interleaved)
 
 
 def load_parameters(

@@ -65,12 +65,20 @@ class Rope:
     scaling: RopeScaling | None = None
 
 
-def parse_rope(raw: Mapping[str, Any], head_dim: int, *, layer_type: str | None = None) -> Rope:
+def parse_rope(
+    raw: Mapping[str, Any],
+    head_dim: int,
+    *,
+    layer_type: str | None = None,
+    theta: float = 10000.0,
+    partial_rotary_factor: float = 1.0,
+) -> Rope:
     """The Rope of a config.json, from `rope_theta` and `rope_scaling`, or from transformers 5's `rope_parameters`.
 
     `layer_type` picks an entry where `rope_parameters` has one for each type of layer ("full_attention", ...), and
-    changes nothing where it has not. A missing theta is 10000, as in transformers. As there too, a top-level
-    `original_max_position_embeddings` comes before one inside, and a missing one is `max_position_embeddings`.
+    changes nothing where it has not. `theta` and `partial_rotary_factor` stand where they are missing. As in
+    transformers, a top-level `original_max_position_embeddings` comes before one inside, and a missing one is
+    `max_position_embeddings`.
     Raises ConfigError for a type or a key that is not known, a required key that is missing, a value out of range.
     """
     block, nested = _block(raw, layer_type)
@@ -81,8 +89,9 @@ def parse_rope(raw: Mapping[str, Any], head_dim: int, *, layer_type: str | None 
         raise ConfigError(f"rope type {rope_type!r} has unknown keys {', '.join(map(repr, unknown))}; known: {known}")
     if missing := sorted(required - block.keys()):
         raise ConfigError(f"rope type {rope_type!r} lacks the keys {', '.join(map(repr, missing))}")
-    theta = _number("rope_theta", _shared(raw, block, "rope_theta", 10000.0, nested), above=1.0)
-    part = _number("partial_rotary_factor", _shared(raw, block, "partial_rotary_factor", 1.0, nested), above=0.0)
+    theta = _number("rope_theta", _shared(raw, block, "rope_theta", theta, nested), above=1.0)
+    part = _shared(raw, block, "partial_rotary_factor", partial_rotary_factor, nested)
+    part = _number("partial_rotary_factor", part, above=0.0)
     rotary_dim = int(head_dim * part)
     if part > 1 or rotary_dim < 2 or rotary_dim % 2:
         raise ConfigError(

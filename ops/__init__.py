@@ -9,8 +9,9 @@ from . import build, ceilings, memory, scope, select, spec, target
 from .attention import attention
 from .attention_steps import mix, scores, softmax_with_sinks
 from .call import Call, Kernel
-from .embedding import cache_write, concat, embedding
+from .embedding import cache_write, columns, concat, embedding, join
 from .errors import DTypeError, KernelError, OpError, SelectorError, ShapeError, SwapRefused, SwapWarning
+from .experts import experts_linear
 from .intercept import Interceptor, install, intercepted
 from .linear import linear
 from .norm import layer_norm, rms_norm
@@ -19,6 +20,7 @@ from .pointwise import (
     add,
     add_row,
     cast,
+    clamped_swiglu,
     copy,
     div,
     div_by,
@@ -29,7 +31,9 @@ from .pointwise import (
     mul_row,
     neg,
     offset,
+    relu,
     scale,
+    sigmoid,
     silu,
     silu_mul,
     softcap,
@@ -37,8 +41,10 @@ from .pointwise import (
     tanh,
 )
 from .prepare import prepare
+from .recurrent import token_mix, wkv
 from .reduce import argmax, log_softmax, softmax, top_k
 from .rotary import rope
+from .routing import combine, route
 from .select import Selector
 from .spec import Dim, Spec
 from .swap import reload, restore
@@ -70,6 +76,9 @@ __all__ = [
     "cache_write",
     "cast",
     "ceilings",
+    "clamped_swiglu",
+    "columns",
+    "combine",
     "concat",
     "copy",
     "div",
@@ -78,11 +87,13 @@ __all__ = [
     "embedding",
     "empty",
     "examples",
+    "experts_linear",
     "gelu",
     "gelu_mul",
     "install",
     "integer",
     "intercepted",
+    "join",
     "layer_norm",
     "like",
     "linear",
@@ -96,13 +107,16 @@ __all__ = [
     "op",
     "prepare",
     "reload",
+    "relu",
     "restore",
     "rms_norm",
     "rope",
+    "route",
     "scale",
     "scope",
     "scores",
     "select",
+    "sigmoid",
     "silu",
     "silu_mul",
     "softcap",
@@ -115,6 +129,8 @@ __all__ = [
     "tensor",
     "tensor_from_packed",
     "threads",
+    "token_mix",
     "top_k",
+    "wkv",
     "zeros",
 ]

@@ -31,7 +31,7 @@ from .schedule import flash, flash_decode, flash_prefill, gpu_attention
 from .schedule.flash import LOWEST, capped, seen
 from .spec import Dim
 from .tensor import Tensor
-from .tir import exp, f32
+from .tir import exp, f32, without
 
 _OPEN = {"q": "n", "positions": "n", "k": "t", "v": "t"}
 
@@ -145,13 +145,7 @@ def _(q, k, v, positions, sinks, out, *, scale, window, softcap):
                     mixed[vi, vh, vd] / (total[vi, vh] + exp(sink(S, vh) - T.max(top[vi, vh], sink(S, vh)))),
                 )
 
-    return attention if sinks else _without(attention, 4)
-
-
-def _without(function: Any, index: int) -> Any:
-    """A PrimFunc without a parameter that its body does not use."""
-    parameters = [each for i, each in enumerate(function.params) if i != index]
-    return tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
+    return attention if sinks else without(attention, 4)
 
 
 def _problem(q, k, v, positions, sinks, out, constants: dict[str, Any]) -> flash.Problem:

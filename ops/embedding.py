@@ -1,4 +1,4 @@
-"""Rows looked up, joined and stored: token embeddings, concatenation, and writes to a cache."""
+"""Rows looked up, joined, cut and stored: token embeddings, concatenation, columns, heads, and writes to a cache."""
 
 from __future__ import annotations
 
@@ -51,6 +51,34 @@ def concat(x: Tensor, y: Tensor) -> Tensor:
     return like(x, (x.shape[0] + y.shape[0], *x.shape[1:]))
 
 
+@op(symbolic={"x": "n"}, ranges=(1, 2, 17))
+def columns(x: Tensor, *, start: int, stop: int) -> Tensor:
+    """x[..., start:stop] in memory of its own, such as the queries of a fused projection. Any dtype, two axes or more.
+
+    0 <= start < stop <= the last axis; unlike a slice's, they are not counted from the end.
+    """
+    if x.ndim < 2:
+        raise ShapeError(f"x is {x}, expected rows: [n, ..., width]")
+    if not 0 <= start < stop <= x.shape[-1]:
+        raise ShapeError(f"start {start} and stop {stop} are no columns of x {x}: expected 0 <= start < stop <= width")
+    return like(x, (*x.shape[:-1], stop - start))
+
+
+@op(symbolic={"x": "n", "y": "n"}, ranges=(1, 2, 17))
+def join(x: Tensor, y: Tensor) -> Tensor:
+    """x and then y along the last axis: [n, heads, a] and [n, heads, b] give [n, heads, a + b].
+
+    A y of one head joins each head of x. Any dtype, the same for both. HF torch.cat(..., dim=-1), for DeepSeek's keys.
+    """
+    if x.ndim != 3:
+        raise ShapeError(f"x is {x}, expected [n, heads, a]")
+    if y.ndim != 3 or y.shape[0] != x.shape[0] or y.shape[1] not in (1, x.shape[1]):
+        raise ShapeError(f"y is {y}, expected [{x.shape[0]}, {x.shape[1]} or 1, b] for x {x}")
+    if y.dtype != x.dtype:
+        raise DTypeError(f"y is {y.dtype}, expected {x.dtype}, the dtype of x; convert it with ops.cast")
+    return like(x, (*x.shape[:-1], x.shape[-1] + y.shape[-1]))
+
+
 @op(symbolic={"cache": "t", "x": "n", "positions": "n"}, writes=("cache",))
 def cache_write(cache: Tensor, x: Tensor, positions: Tensor) -> None:
     """cache[positions[i]] = x[i] for each i in order, cast to cache's dtype; of equal positions the last one stays.
@@ -81,6 +109,16 @@ def _(ids, weight, dtype=None):
 @concat.reference
 def _(x, y):
     return np.concatenate([x, y])
+
+
+@columns.reference
+def _(x, *, start, stop):
+    return x[..., start:stop].copy()
+
+
+@join.reference
+def _(x, y):
+    return np.concatenate([x, np.broadcast_to(y, (*x.shape[:-1], y.shape[-1]))], axis=-1)
 
 
 @cache_write.reference
@@ -126,6 +164,34 @@ def _(x, y, out):
         with tir.block("concat", (n + m, *rest)) as (row, *at):
             value = tirx.if_then_else(row < n, first[(row, *at)], second[(row - n, *at)])
             builder.buffer_store(target, value, (row, *at))
+    return ir.get()
+
+
+@columns.kernel
+def _(x, out, *, start, stop):
+    with IRBuilder() as ir, builder.prim_func(s_tir=True):
+        builder.func_name("columns")
+        n = tirx.Var("n", "int64")
+        source = builder.arg("x", builder.buffer((n, *x.shape[1:]), x.dtype, align=x.itemsize))
+        target = builder.arg("out", builder.buffer((n, *out.shape[1:]), out.dtype, align=out.itemsize))
+        with tir.block("columns", (n, *out.shape[1:])) as (*at, column):
+            builder.buffer_store(target, source[(*at, column + start)], (*at, column))
+    return ir.get()
+
+
+@join.kernel
+def _(x, y, out):
+    width, shared = x.shape[-1], y.shape[1] != x.shape[1]
+    with IRBuilder() as ir, builder.prim_func(s_tir=True):
+        builder.func_name("join")
+        n = tirx.Var("n", "int64")
+        first = builder.arg("x", builder.buffer((n, *x.shape[1:]), x.dtype, align=x.itemsize))
+        second = builder.arg("y", builder.buffer((n, *y.shape[1:]), y.dtype, align=y.itemsize))
+        target = builder.arg("out", builder.buffer((n, *out.shape[1:]), out.dtype, align=out.itemsize))
+        with tir.block("join", (n, *out.shape[1:])) as (row, head, at):
+            other = second[row, 0 if shared else head, tirx.max(at - width, 0)]
+            value = tirx.if_then_else(at < width, first[row, head, tirx.min(at, width - 1)], other)
+            builder.buffer_store(target, value, (row, head, at))
     return ir.get()
 
 

@@ -190,6 +190,18 @@ def silu(x: Tensor) -> Tensor:
     return _same(x=x)
 
 
+@_rows(symbolic={"x": "n"})
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return _same(x=x)
+
+
+@_rows(symbolic={"x": "n"})
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return _same(x=x)
+
+
 @_rows(symbolic={"gate": "n", "up": "n"})
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, the heart of a SwiGLU feed-forward layer (Shazeer 2020): one shape and float dtype."""
@@ -210,6 +222,14 @@ def gelu(x: Tensor, *, approximate: Approximation = "none") -> Tensor:
 def gelu_mul(gate: Tensor, up: Tensor, *, approximate: Approximation = "none") -> Tensor:
     """gelu(gate) * up, the heart of a GeGLU feed-forward layer (Shazeer 2020): one shape and float dtype."""
     _check_approximation(approximate)
+    return _same(gate=gate, up=up)
+
+
+@_rows(symbolic={"gate": "n", "up": "n"})
+def clamped_swiglu(gate: Tensor, up: Tensor, *, alpha: float, limit: float) -> Tensor:
+    """g * sigmoid(alpha * g) * (u + 1), of g = min(gate, limit) and u = up within +-limit. HF GptOssExperts."""
+    if not limit > 0:
+        raise OpError(f"limit is {limit}, expected a number above 0")
     return _same(gate=gate, up=up)
 
 
@@ -257,6 +277,17 @@ def _numpy_silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
+def _clamped_swiglu(gate: Any, up: Any, alpha: float, limit: float) -> Any:
+    top = tir.f32(limit)
+    gate, up = tirx.min(top, gate), tirx.max(-top, tirx.min(top, up))  # the bound first, so that NaN stays
+    return gate * tir.sigmoid(gate * tir.f32(alpha)) * (up + tir.f32(1.0))
+
+
+def _numpy_clamped_swiglu(gate: np.ndarray, up: np.ndarray, alpha: float, limit: float) -> np.ndarray:
+    gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
+    return gate / (1 + np.exp(-alpha * gate)) * (up + 1)
+
+
 def _castable(x: Any, dtype: str) -> Any:
     # TVM rounds to bfloat16 by adding to the bits, which turns some NaNs into numbers.
     return tirx.Select(tirx.isnan(x), tir.f32(math.nan), x) if dtype == "bfloat16" else x
@@ -276,6 +307,9 @@ _defined(neg, lambda x: -x)
 _defined(tanh, tir.tanh, np.tanh)
 _defined(softcap, lambda x, cap: tir.tanh(x / tir.f32(cap)) * tir.f32(cap), lambda x, cap: cap * np.tanh(x / cap))
 _defined(silu, tir.silu, _numpy_silu)
+_defined(sigmoid, tir.sigmoid, lambda x: 1 / (1 + np.exp(-x)))
+_defined(relu, lambda x: tirx.max(tir.f32(0.0), x), lambda x: np.maximum(x, 0))
+_defined(clamped_swiglu, _clamped_swiglu, _numpy_clamped_swiglu)
 _defined(silu_mul, lambda gate, up: tir.silu(gate) * up, lambda gate, up: _numpy_silu(gate) * up)
 _defined(gelu, _gelu, _numpy_gelu)
 _defined(

@@ -87,6 +87,12 @@ def folded(
     return out
 
 
+def without(function: Any, index: int) -> Any:
+    """A PrimFunc without a parameter that its body does not use: that of an argument left out."""
+    parameters = [each for i, each in enumerate(function.params) if i != index]
+    return tirx.PrimFunc(parameters, function.body, function.ret_type, function.attrs)
+
+
 def f32(value: float | tirx.Expr) -> tirx.Expr:
     """A float32 constant, or an expression cast to float32."""
     return tirx.const(value, "float32") if isinstance(value, (int, float)) else value.astype("float32")

@@ -8,7 +8,29 @@ from types import ModuleType
 from llm.errors import ConfigError
 
 # model_type -> the class in the file of that name
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral"}
+ARCHITECTURES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "gpt2": "GPT2",
+    "gpt_neox": "GPTNeoX",
+    "gpt_oss": "GptOss",
+    "granite": "Granite",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "olmo2": "Olmo2",
+    "phi": "Phi",
+    "phi3": "Phi3",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "rwkv": "Rwkv",
+    "smollm3": "SmolLM3",
+    "stablelm": "StableLm",
+}
 
 
 def architecture(model_type: object) -> tuple[type, type]:

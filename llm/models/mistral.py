@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ops
+from llm.blocks import MLP
 from llm.cache import Cache, Layer
 from llm.model import Model
 from llm.nn import Embedding, Linear, Module, RMSNorm, RotaryEmbedding, Rotation
@@ -56,20 +57,10 @@ class Attention(Module):
         return self.o_proj(mixed.reshape(tokens, -1))
 
 
-class MLP(Module):
-    def __init__(self, c: Any, dtype: str):
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, dtype=dtype)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, dtype=dtype)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
-
-
 class Block(Module):
     def __init__(self, c: Any, dtype: str):
         self.self_attn = Attention(c, dtype)
-        self.mlp = MLP(c, dtype)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from llm.errors import ModelNotFound
 
 _FILE = ".bin"  # a model that is one file
-_PATH_SUFFIXES = (_FILE, ".safetensors", ".gguf")
+_PATH_SUFFIXES = (_FILE, ".json", ".safetensors", ".gguf")
 # Top-level files only: subdirectories and "consolidated" files repeat the weights in other forms. No pickles.
 _ALLOW = ["*.json", "*.safetensors", "*.jinja"]
 _IGNORE = ["*/*", "consolidated*"]

@@ -137,14 +137,14 @@ def _multiply(p: Product, activations: Activations, tile: Any, blocks: list, tot
                 words, start = activations.words(at), activations.start(at)
                 products = [held(dot.product(record.weights, words, start)) for record in records]
                 added = [
-                    held(_added(record, activations, at, product, vector.load(totals, row, p.lanes)))
+                    held(with_group(record, activations, at, product, vector.load(totals, row, p.lanes)))
                     for record, product, row in zip(records, products, rows, strict=True)
                 ]
                 for row, total in zip(rows, added, strict=True):
                     vector.store(totals, row, total, p.lanes)
 
 
-def _added(record: Record, activations: Activations, at: Any, product: Any, total: Any) -> Any:
+def with_group(record: Record, activations: Activations, at: Any, product: Any, total: Any) -> Any:
     """A token's total with a group's sum of products, int32, put to it."""
     lanes = target.lanes()
     factor = record.scale * T.broadcast(activations.scales[at], lanes)

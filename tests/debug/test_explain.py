@@ -40,6 +40,7 @@ def example(name: str, rng: np.random.Generator, dtype: str) -> Call:
     at = rng.permutation(21)[:ROWS].astype("int32")
     sinks = random(rng, (6,), dtype)
     scores = random(rng, (ROWS, 6, 13), "float32")
+    decay = [np.abs(random(rng, (*rows, WIDTH), "float32")) for rows in ((), (), (3,))]
     op = registry[name]
     arguments: dict[str, tuple[tuple, dict[str, Any]]] = {
         "linear": ((x, random(rng, (11, WIDTH), "bfloat16"), random(rng, (11,), "float16")), {}),
@@ -52,6 +53,17 @@ def example(name: str, rng: np.random.Generator, dtype: str) -> Call:
         "rope": ((heads, at, random(rng, (4,), "float32")), {"interleaved": bool(rng.integers(2)), "scale": 1.5}),
         "top_k": ((x,), {"k": 5}),
         "embedding": ((at[:2], random(rng, (21, WIDTH), dtype)), {}),
+        "columns": ((x,), {"start": 2, "stop": 7}),
+        "join": ((heads, random(rng, (ROWS, 1, 4), dtype)), {}),
+        "experts_linear": (
+            (x, random(rng, (33, WIDTH), "bfloat16"), (at % 3).reshape(ROWS, 1), random(rng, (33,), dtype)),
+            {"experts": 3},
+        ),
+        "route": ((x, row), {"k": 4, "scoring": "sigmoid", "normalise": True, "scale": 1.5}),
+        "combine": ((heads, random(rng, (ROWS, 6), "float32")), {}),
+        "clamped_swiglu": ((x, x[::-1].copy()), {"alpha": 1.7, "limit": 0.8}),
+        "token_mix": ((x, x[:1].copy(), row), {}),
+        "wkv": ((x, x[::-1].copy(), *decay), {}),
         "concat": ((x, random(rng, (2, WIDTH), dtype)), {}),
         "cache_write": ((k, random(rng, (ROWS, 2, 10), "float32"), at), {}),
         "softcap": ((x,), {"cap": 2.5}),

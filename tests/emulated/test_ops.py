@@ -96,6 +96,27 @@ def test_rows_are_looked_up_and_stored(rng, dtype):
         x, cache = random(rng, (n, 2, 5), "float32"), random(rng, (40, 2, 5), dtype)
         check(ops.cache_write, cache, x, rng.integers(0, 40, n).astype("int32"), tolerance=0.0)
         check(ops.concat, x, x[:1].copy(), tolerance=0.0)
+        check(ops.columns, x, tolerance=0.0, start=1, stop=4)
+        check(ops.join, x, x[:, :1].copy(), tolerance=0.0)
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, "q4", "q8"])
+def test_mixtures_of_experts(rng, kind):
+    for n in (1, 5, 20):
+        weights, ids = check(ops.route, random(rng, (n, 4), "float32"), k=2, normalise=True)
+        x, weight = random(rng, (n, 69), "float32"), ops.tensor(random(rng, (4 * 16, 69), "float32"), kind)
+        y = check(ops.experts_linear, x, weight, ids.numpy(), experts=4)
+        check(ops.combine, y.numpy(), weights.numpy())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_recurrent_layer(rng, dtype):
+    for n in (1, 5):
+        x, before, row = random(rng, (n, 33), dtype), random(rng, (1, 33), dtype), random(rng, (33,), dtype)
+        check(ops.token_mix, x, before, row)
+        decay, first, state = (random(rng, shape, "float32") for shape in ((33,), (33,), (3, 33)))
+        check(ops.wkv, x, x[::-1].copy(), decay, first, np.abs(state))
+        check(ops.sigmoid, x)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

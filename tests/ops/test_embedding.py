@@ -37,6 +37,24 @@ def test_concat_of_symbolic_sizes_is_their_sum():
     assert str(ops.concat.spec(x, y)) == "float32[(n+m), 4]"
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    n=st.integers(0, 40), rest=st.sampled_from([(), (3,), (2, 5)]), width=st.integers(1, 70), data=st.data(),
+    dtype=st.sampled_from([*DTYPE_NAMES, "int32"]), seed=st.integers(0),
+)  # fmt: skip
+def test_columns(n, rest, width, data, dtype, seed):
+    start = data.draw(st.integers(0, width - 1))
+    stop = data.draw(st.integers(start + 1, width))
+    x = random(np.random.default_rng(seed), (n, *rest, width), dtype, 9.0)
+    check(ops.columns, x, tolerance=0.0, start=start, stop=stop)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 2), (3, 2), (0, 6)])
+def test_columns_that_are_not_there(start, stop):
+    with pytest.raises(ops.ShapeError, match=rf"start {start} and stop {stop} are no columns of x float32\[2, 5"):
+        ops.columns(ops.zeros((2, 5)), start=start, stop=stop)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     t=st.integers(1, 40), n=st.integers(0, 40), shape=st.sampled_from([(1, 1), (2, 5), (8, 64)]),
@@ -71,6 +89,7 @@ def ints(*shape):
         (lambda: ops.embedding(ints(3), ints(5, 2)), ops.DTypeError, r"weight is int32\[5, 2\], expected one of"),
         (lambda: ops.embedding(ints(3, 1), ops.zeros((5, 2))), ops.ShapeError, r"ids is int32\[3, 1\], expected \[n\]"),
         (lambda: ops.embedding(ints(3), ops.zeros(5)), ops.ShapeError, r"weight is float32\[5\], expected \[vocab"),
+        (lambda: ops.columns(ints(3), start=0, stop=1), ops.ShapeError, r"columns: x is int32\[3\], expected rows"),
         (lambda: ops.concat(ints(3, 2), ints(3, 4)), ops.ShapeError, r"concat: y is int32\[3, 4\], expected \[m, 2\]"),
         (lambda: ops.concat(ints(3), ints(3, 4)), ops.ShapeError, r"concat: y is int32\[3, 4\], expected \[m\]"),
         (lambda: ops.concat(ints(3), ops.zeros(3)), ops.DTypeError, r"concat: y is float32, expected int32"),

@@ -1,0 +1,119 @@
+"""SmolLM3: Llama's layout, some layers without rotary positions. HF: SmolLM3ForCausalLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ops
+from llm.blocks import MLP
+from llm.cache import Cache, Layer
+from llm.config import LayerType, check_layer_types
+from llm.errors import ConfigError
+from llm.model import Model
+from llm.nn import Embedding, Linear, Module, RMSNorm, RotaryEmbedding, Rotation
+from llm.rope import Rope
+from ops import Tensor
+
+
+@dataclass(kw_only=True)
+class Config:
+    """HF's SmolLM3Config, as far as it changes what is computed."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = 4
+    head_dim: int | None = None
+    hidden_act: Literal["silu"] = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    no_rope_layers: list[Literal[0, 1]] | None = None  # 1: the layer rotates
+    no_rope_layer_interval: int = 4
+    use_sliding_window: bool = False
+    sliding_window: int | None = None
+    layer_types: list[LayerType] | None = None
+    rope: Rope = field(metadata={"theta": 2e6})
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.sliding_window = self.sliding_window if self.use_sliding_window else None
+        if self.no_rope_layers is None:
+            each = self.no_rope_layer_interval
+            self.no_rope_layers = [0 if (i + 1) % each == 0 else 1 for i in range(self.num_hidden_layers)]
+        if (given := len(self.no_rope_layers)) != self.num_hidden_layers:
+            raise ConfigError(f"no_rope_layers has {given} entries, expected {self.num_hidden_layers}")
+        if self.layer_types is None:
+            unrotated: LayerType = "sliding_attention" if self.sliding_window else "full_attention"
+            self.layer_types = ["full_attention" if rotates else unrotated for rotates in self.no_rope_layers]
+        check_layer_types(self)
+
+
+class Attention(Module):
+    def __init__(self, c: Any, rotates: int, window: int | None, dtype: str):
+        self.head_dim, self.rotates, self.window = c.head_dim, rotates, window
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, queries, c.attention_bias, dtype)
+        self.k_proj = Linear(c.hidden_size, keys, c.attention_bias, dtype)
+        self.v_proj = Linear(c.hidden_size, keys, c.attention_bias, dtype)
+        self.o_proj = Linear(queries, c.hidden_size, c.attention_bias, dtype)
+
+    def forward(self, x: Tensor, rotate: Rotation, cache: Layer) -> Tensor:
+        tokens = x.shape[0]
+        q = self.q_proj(x).reshape(tokens, -1, self.head_dim)
+        k = self.k_proj(x).reshape(tokens, -1, self.head_dim)
+        v = self.v_proj(x).reshape(tokens, -1, self.head_dim)
+        if self.rotates:
+            q, k = rotate(q), rotate(k)
+        keys, values = cache.write(k, v, rotate.positions)
+        mixed = ops.attention(q, keys, values, rotate.positions, scale=self.head_dim**-0.5, window=self.window)
+        return self.o_proj(mixed.reshape(tokens, -1))
+
+
+class Block(Module):
+    def __init__(self, c: Any, i: int, dtype: str):
+        self.layer_type, self.use_rope = c.layer_types[i], c.no_rope_layers[i]
+        window = c.sliding_window if self.layer_type == "sliding_attention" else None
+        self.self_attn = Attention(c, self.use_rope, window, dtype)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype, c.mlp_bias)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps, dtype)
+
+    def forward(self, x: Tensor, rotate: Rotation, cache: Layer) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotate, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SmolLM3(Model):
+    model_type = "smollm3"
+
+    def __init__(self, config: Config, dtype: str = "float32"):
+        self.config, self.dtype = config, dtype
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
+        self.layers = [Block(config, i, dtype) for i in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.rotary = RotaryEmbedding(config.rope)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
+
+    def forward(self, ids: Any, cache: Cache | None = None, logits_to_keep: int = 0) -> Tensor:
+        """Logits [n, vocabulary] for token ids [n], or for the last `logits_to_keep` of them; 0 is all.
+
+        Raises ContextOverflow when the cache has no room for n more tokens.
+        """
+        ids = self.ids(ids)
+        cache = self.new_cache() if cache is None else cache
+        rotate = self.rotary.at(cache.extend(len(ids)), len(cache) + len(ids))
+        x = self.embed_tokens(ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotate, cache[i])
+        x = self.norm(self.last(x, logits_to_keep))
+        logits = ops.linear(x, self.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        cache.commit(ids)
+        return logits

@@ -1,0 +1,434 @@
+"""Families whose layout is not Llama's: what is left out is seen, what is saved comes back, configs are understood."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import llm
+import ops
+from llm.config import parse_config
+from llm.errors import CheckpointError, ConfigError
+from llm.experts import stacked, unstacked
+from llm.load import build, randomize
+from llm.models import architecture
+from llm.weights.mxfp4 import read_mxfp4
+from llm.weights.safetensors import read_file, write_file
+from tests import parity
+from tests.llm.small import addresses
+
+# One draw for all tests of a run, that models are made once; LIMPID_TEST_SEED repeats one.
+SEED = int(os.environ.get("LIMPID_TEST_SEED", secrets.randbits(32))) % 2**31
+CONFIGS = Path(__file__).resolve().parents[2] / "../shared/data/configs"
+
+# The case of a family in which most is switched on.
+FULL = {
+    "gpt2": "gpt2, scaled by layer, upcast, untied",
+    "gpt_neox": "gpt_neox, no attention biases, all rotates, yarn",
+    "phi": "phi, norms of queries and keys, a quarter rotates",
+    "stablelm": "stablelm, parallel, biases, head norms, tied",
+    "olmo2": "olmo2, biases, tied, MHA, yarn",
+    "mixtral": "mixtral, window 8, one expert, head_dim 24, tied",
+    "qwen3_moe": "qwen3_moe, normalised, every second, window 8",
+    "gpt_oss": "gpt_oss, yarn, window 8, sinks",
+    "deepseek_v2": "deepseek_v2, groups, yarn with mscale, tied",
+    "deepseek_v3": "deepseek_v3, groups, yarn with mscale",
+    "rwkv": "rwkv, halved every 2 layers",
+}
+
+
+def needs_the_extra() -> None:
+    print(f"LIMPID_TEST_SEED={SEED}")
+    for name in ("torch", "transformers"):
+        pytest.importorskip(name, reason="the parity extra is not installed: pip install -e '.[parity]'")
+
+
+@cache
+def made(family: str, seed: int) -> tuple[Any, np.ndarray]:
+    """transformers' model of the family's full case, and the ids to try it with."""
+    case = next(each for each in parity.CASES if each.name == FULL[family])
+    theirs = parity._reference(case, seed)
+    return theirs, np.random.default_rng(seed).integers(0, theirs.config.vocab_size, parity.PROMPT + parity.STEPS)
+
+
+def stored(theirs: Any, path: Path) -> Path:
+    theirs.save_pretrained(path)
+    return path
+
+
+@cache
+def expected(family: str, seed: int) -> np.ndarray:
+    """Its logits."""
+    return parity._theirs(*made(family, seed))
+
+
+def error(ours: Any, ids: np.ndarray, wanted: np.ndarray, steps: int = parity.STEPS) -> float:
+    """Of logits over the prompt and some single steps."""
+    count = parity.PROMPT + steps
+    return parity._relative(parity.logits(ours, ids[:count], [parity.PROMPT] + [1] * steps), wanted[:count])
+
+
+def zeros(first: Any, *_: Any, **__: Any) -> Any:
+    return np.zeros_like(first)
+
+
+def still(x: Any, *_: Any, **__: Any) -> Any:
+    """Rotates nothing."""
+    return x
+
+
+def attention(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
+    return ops.attention.reference(q, k, v, positions, sinks, scale=scale, window=window, softcap=softcap)
+
+
+def no_sinks(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
+    return attention(q, k, v, positions, scale=scale, window=window)
+
+
+def no_window(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
+    return attention(q, k, v, positions, sinks, scale=scale)
+
+
+def no_scale(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
+    return attention(q, k, v, positions, sinks, scale=q.shape[-1] ** -0.5, window=window)
+
+
+def no_norm(x, weight, bias=None, **_):
+    return x
+
+
+def first_experts(logits, bias=None, **options):
+    weights, ids = ops.route.reference(logits, bias, **options)
+    return weights, np.broadcast_to(np.arange(ids.shape[1], dtype="int32"), ids.shape)
+
+
+def route_without(**changes: Any) -> Any:
+    return lambda logits, bias=None, **options: ops.route.reference(logits, bias, **(options | changes))
+
+
+def no_bias(logits, bias=None, **options):
+    return ops.route.reference(logits, **options)
+
+
+def no_limit(gate, up, *, alpha, limit):
+    return ops.clamped_swiglu.reference(gate, up, alpha=alpha, limit=1e6)
+
+
+def no_alpha(gate, up, *, alpha, limit):
+    return ops.clamped_swiglu.reference(gate, up, alpha=1.0, limit=limit)
+
+
+def pairs_apart(x, positions, frequencies, *, interleaved=False, scale=1.0):
+    return ops.rope.reference(x, positions, frequencies, interleaved=not interleaved, scale=scale)
+
+
+def no_memory(key, value, decay, first, state):
+    return ops.wkv.reference(key, value, decay, first, np.stack([state[0] * 0, state[1] * 0, state[2] * 0 - 1e30]))
+
+
+def no_shift(x, before, mix):
+    return x
+
+
+LEFT_OUT: list[tuple[str, str, Any, Any]] = [
+    ("gpt2", "attention", ops.attention, zeros),
+    ("gpt2", "scale by layer", ops.attention, no_scale),
+    ("gpt2", "gelu", ops.gelu, zeros),
+    ("gpt2", "norms", ops.layer_norm, no_norm),
+    ("gpt_neox", "rope", ops.rope, still),
+    ("gpt_neox", "gelu", ops.gelu, zeros),
+    ("phi", "rope", ops.rope, still),
+    ("phi", "gelu", ops.gelu, zeros),
+    ("phi", "norms", ops.layer_norm, no_norm),
+    ("stablelm", "rope", ops.rope, still),
+    ("stablelm", "mlp", ops.silu_mul, zeros),
+    ("stablelm", "weights of head norms", ops.mul_row, lambda x, y: x),
+    ("olmo2", "rope", ops.rope, still),
+    ("olmo2", "mlp", ops.silu_mul, zeros),
+    ("olmo2", "norms", ops.rms_norm, no_norm),
+    ("mixtral", "choice", ops.route, first_experts),
+    ("mixtral", "window", ops.attention, no_window),
+    ("mixtral", "rope", ops.rope, still),
+    ("qwen3_moe", "choice", ops.route, first_experts),
+    ("qwen3_moe", "normalising", ops.route, route_without(normalise=False)),
+    ("qwen3_moe", "window", ops.attention, no_window),
+    ("gpt_oss", "choice", ops.route, first_experts),
+    ("gpt_oss", "sinks", ops.attention, no_sinks),
+    ("gpt_oss", "window", ops.attention, no_window),
+    ("gpt_oss", "limit", ops.clamped_swiglu, no_limit),
+    ("gpt_oss", "alpha", ops.clamped_swiglu, no_alpha),
+    ("deepseek_v2", "groups", ops.route, route_without(groups=1, kept=1)),
+    ("deepseek_v2", "scale of experts", ops.route, route_without(scale=1.0)),
+    ("deepseek_v2", "mscale", ops.attention, no_scale),
+    ("deepseek_v2", "pairs", ops.rope, pairs_apart),
+    ("deepseek_v3", "groups", ops.route, route_without(groups=1, kept=1)),
+    ("deepseek_v3", "the two best of a group", ops.route, route_without(best=1)),
+    ("deepseek_v3", "bias of the choice", ops.route, no_bias),
+    ("deepseek_v3", "normalising", ops.route, route_without(normalise=False)),
+    ("deepseek_v3", "pairs", ops.rope, pairs_apart),
+    ("rwkv", "state", ops.wkv, no_memory),
+    ("rwkv", "token before", ops.token_mix, no_shift),
+    ("rwkv", "receptance", ops.sigmoid, lambda x: np.ones_like(x)),
+]
+
+
+@pytest.mark.parametrize(("family", "part", "op", "without"), LEFT_OUT, ids=[f"{f}, {p}" for f, p, _, _ in LEFT_OUT])
+def test_a_part_that_is_left_out_is_seen(family, part, op, without, tmp_path):
+    needs_the_extra()
+    theirs, ids = made(family, SEED)
+    ours = llm.load(stored(theirs, tmp_path))
+    with op.use(without) as use:
+        assert error(ours, ids, expected(family, SEED), steps=3) > 2 * parity.BOUNDS["float32"]
+    assert use.hits
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_what_is_saved_is_a_checkpoint_of_transformers(family, tmp_path):
+    needs_the_extra()
+    import transformers
+
+    theirs, ids = made(family, SEED)
+    ours = llm.load(stored(theirs, tmp_path / "theirs"))
+    ours.save(tmp_path / "ours")
+    wanted, found = (read_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert wanted.keys() == found.keys()
+    assert all(np.array_equal(wanted[name], found[name]) for name in wanted)
+    again = llm.load(tmp_path / "ours")
+    assert again.config == ours.config
+    assert np.array_equal(again(ids).numpy(), ours(ids).numpy())
+    kind = getattr(transformers, type(theirs).__name__)
+    back, info = kind.from_pretrained(tmp_path / "ours", attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert error(ours, ids, parity._theirs(back.eval(), ids)) <= parity.BOUNDS["float32"]
+
+
+@pytest.mark.parametrize("family", FULL)
+def test_it_prints_and_runs_without_weights_of_its_own(family):
+    needs_the_extra()
+    theirs, ids = made(family, SEED)
+    model = randomize(build(json.loads(theirs.config.to_json_string()), "float32"), SEED)
+    assert np.isfinite(model(ids[:5]).numpy()).all()
+    assert sum(weight.size for _, weight in model.parameters()) == sum(each.numel() for each in theirs.parameters()) + (
+        sum(each.numel() for name, each in theirs.named_buffers() if "e_score" in name)
+    )
+    assert type(model).__name__ in repr(model)
+
+
+def test_python_never_reads_the_choice():
+    """The calls of a mixture are the same whatever experts are chosen, and there are few of them."""
+    needs_the_extra()
+    theirs, ids = made("qwen3_moe", SEED)
+    model = randomize(build(json.loads(theirs.config.to_json_string()), "float32"), SEED)
+    seen = [addresses(lambda ids=some: model(ids)) for some in (ids[:9], ids[9:18])]
+    inside = [each for each in seen[0] if ".1.mlp" in each]
+    assert seen[0] == seen[1] and len(inside) == 7, inside
+
+
+def real(name: str) -> dict[str, Any]:
+    path = CONFIGS / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"no {path}: the real configs are not part of the repository")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("deepseek-v3.4layer", None),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("gpt2.vocab50260", 124_442_112),
+        ("mixtral.1layer", None),
+        ("olmo2-7b", 7_298_617_344),
+        ("qwen3-30b-a3b.1layer", None),
+    ],
+)
+def test_real_configs(name, parameters):
+    needs_the_extra()
+    import torch
+    import transformers
+
+    raw = real(name)
+    model = build(raw, "bfloat16")
+    count = sum(weight.size for _, weight in model.parameters())
+    assert parameters is None or count == parameters
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
+    buffers = sum(each.numel() for key, each in theirs.named_buffers() if "e_score_correction_bias" in key)
+    assert count == sum(each.numel() for each in theirs.parameters()) + buffers
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is True"),
+    ("gpt2", {"activation_function": "swish"}, "'activation_function' is 'swish'"),
+    ("gpt2", {"n_head": 5}, "n_embd 768 is not a multiple of n_head 5"),
+    ("gpt_neox", {"rotary_pct": 0.01}, "must be an even size"),
+    ("phi", {"tie_word_embeddings": True}, "'tie_word_embeddings' is True"),
+    ("stablelm", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+    ("olmo2", {"clip_qkv": 8.0}, "it clamps queries, keys and values"),
+    ("mixtral", {"num_local_experts": 0}, "'num_local_experts' is 0, expected at least 1"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "it adds a shared expert"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, expected 36"),
+    ("gpt_oss", {"quantization_config": {"quant_method": "awq"}}, "quantized by another library"),
+    ("deepseek_v2", {"num_experts_per_tok": 2, "norm_topk_prob": True}, "'norm_topk_prob' is True"),
+    ("deepseek_v2", {"num_experts_per_tok": 2, "num_key_value_heads": 8}, "every head has keys of its own"),
+    ("deepseek_v2", {"num_experts_per_tok": 2, "topk_method": "group_limited_greedy"}, "n_group and topk_group"),
+    ("deepseek_v2", {}, "missing keys 'num_experts_per_tok'"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "'scoring_func' is 'softmax'"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "'moe_layer_freq' is 2"),
+    ("deepseek_v3", {"n_group": 7}, "256 experts are no 7 equal groups"),
+    ("rwkv", {"rescale_every": 2.5}, "'rescale_every' is 2.5"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
+def test_what_a_config_may_not_ask(family, changes, message):
+    config, _ = architecture(family)
+    with pytest.raises(ConfigError, match=message):
+        parse_config(config, {"model_type": family} | changes)
+
+
+def test_old_names_of_pythia():
+    config, _ = architecture("gpt_neox")
+    old = parse_config(
+        config, {"rotary_pct": 0.5, "rotary_emb_base": 5000, "hidden_size": 64, "num_attention_heads": 4}
+    )
+    assert (old.rope.theta, old.rope.rotary_dim) == (5000.0, 8)
+
+
+def test_experts_of_a_checkpoint(rng):
+    named = {f"model.layers.2.mlp.experts.{i}.up_proj.weight": rng.random((3, 4)) for i in (1, 0, 2)}
+    named["model.layers.2.mlp.shared_experts.up_proj.weight"] = rng.random((3, 4))
+    whole = stacked(named)
+    assert [(name, each.shape) for name, each in whole.items()] == [
+        ("model.layers.2.mlp.shared_experts.up_proj.weight", (3, 4)),
+        ("model.layers.2.mlp.experts.up_proj.weight", (9, 4)),
+    ]
+    back = unstacked(whole, 3)
+    assert back.keys() == named.keys() and all(np.array_equal(back[name], named[name]) for name in named)
+    del named["model.layers.2.mlp.experts.1.up_proj.weight"]
+    with pytest.raises(CheckpointError, match="has 2 experts, the last of number 2"):
+        stacked(named)
+    named["model.layers.2.mlp.experts.1.up_proj.weight"] = rng.random((2, 4))
+    with pytest.raises(CheckpointError, match="expected all, of one kind"):
+        stacked(named)
+
+
+@pytest.mark.parametrize("weights", ["q8", "q4"])
+def test_packed_experts(weights, tmp_path):
+    """The router stays as it is; the products are near those of the floats."""
+    needs_the_extra()
+    theirs, ids = made("gpt_oss", SEED)
+    path = stored(theirs, tmp_path)
+    whole, packed = llm.load(path), llm.load(path, weights=weights)
+    dtypes = {name: weight.dtype for name, weight in packed.parameters()}
+    assert dtypes["layers.0.mlp.experts.gate_proj.weight"] == weights
+    assert dtypes["layers.0.mlp.router.weight"] == "float32"
+    first, second = whole.layers[1].mlp.experts, packed.layers[1].mlp.experts
+    x = ops.tensor(np.random.default_rng(SEED).standard_normal((9, 64)).astype("float32"))
+    routes = ops.route(whole.layers[1].mlp.router(x), k=2, normalise=True)
+    difference = parity._relative(second(x, *routes).numpy(), first(x, *routes).numpy())
+    assert difference < (0.05 if weights == "q8" else 0.5)
+    assert np.isfinite(packed(ids).numpy()).all()
+
+
+def test_mxfp4(tmp_path):
+    """Exactly what transformers makes of the same bytes, and a model that runs with it."""
+    needs_the_extra()
+    import torch
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    rng = np.random.default_rng(SEED)
+    theirs, ids = made("gpt_oss", SEED)
+    path = stored(theirs, tmp_path)
+    tensors = {name: each.copy() for name, each in read_file(path / "model.safetensors").items()}
+    for name in [each for each in tensors if each.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        groups = -(-inputs // 32)
+        blocks = rng.integers(0, 256, (experts, outputs, groups, 16), "uint8")
+        scales = rng.integers(120, 126, (experts, outputs, groups), "uint8")
+        expected = convert_moe_packed_tensors(torch.tensor(blocks), torch.tensor(scales)).float().numpy()
+        found = read_mxfp4({f"{name}_blocks": blocks, f"{name}_scales": scales})[name]
+        assert found.dtype == ml_dtypes.bfloat16 and np.array_equal(found.astype("float32"), expected)
+        if inputs % 32 == 0:
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        else:
+            tensors[name] = np.ascontiguousarray(expected[:, :inputs])
+        with torch.no_grad():
+            theirs.get_parameter(name).copy_(torch.tensor(expected[:, :inputs]))
+    write_file(path / "model.safetensors", tensors)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | {"quantization_config": {"quant_method": "mxfp4"}}))
+    ours = llm.load(path, dtype="float32")
+    assert error(ours, ids, parity._theirs(theirs, ids)) <= parity.BOUNDS["float32"]
+    made.cache_clear()  # its weights were changed
+    for key, message in (("_scales", "scales are missing"), ("_blocks", "blocks are missing")):
+        with pytest.raises(CheckpointError, match=message):
+            read_mxfp4({name: each for name, each in tensors.items() if not name.endswith(key)})
+    with pytest.raises(CheckpointError, match=r"expected uint8 \[experts, outputs, groups, 16\]"):
+        read_mxfp4({"x_blocks": np.zeros((2, 3, 4, 8), "uint8"), "x_scales": np.zeros((2, 3, 4), "uint8")})
+
+
+def test_further_layers_of_deepseek_v3_are_left_aside(tmp_path):
+    """The layers past the last guess further tokens; checkpoints hold them."""
+    needs_the_extra()
+    theirs, ids = made("deepseek_v3", SEED)
+    path = stored(theirs, tmp_path)
+    tensors = {name: each.copy() for name, each in read_file(path / "model.safetensors").items()}
+    wanted = llm.load(path)(ids).numpy()
+    tensors |= {name.replace("layers.2", "layers.3"): each for name, each in tensors.items() if "layers.2" in name}
+    tensors["model.layers.3.eh_proj.weight"] = np.zeros((64, 128), "float32")
+    write_file(path / "model.safetensors", tensors)
+    assert np.array_equal(llm.load(path)(ids).numpy(), wanted)
+
+
+class TestMemory:
+    """RWKV's states in the place of a cache."""
+
+    @pytest.fixture
+    def model(self, rng):
+        model = build(parity.BASES["rwkv"] | {"model_type": "rwkv"}, "float32")
+        for name, spec in list(model.parameters()):
+            values = rng.standard_normal(spec.shape) * 0.3 + (1.0 if ".ln" in name or "pre_ln" in name else 0.0)
+            model.set_parameter(name, ops.tensor(values.astype("float32")))
+        return model
+
+    def test_truncating_and_copying(self, model, rng):
+        ids = rng.integers(0, 131, 20)
+        whole = model(ids).numpy()
+        cache = model.new_cache()
+        model(ids[:15], cache)
+        twin = cache.copy()
+        cache.truncate(9)
+        assert len(cache) == 9 and len(twin) == 15
+        assert np.array_equal(model(ids[9:], cache).numpy(), whole[9:])
+        assert np.array_equal(model(ids[15:], twin, logits_to_keep=2).numpy(), whole[-2:])
+        assert cache.ids == ids.tolist()
+        cache.truncate(0)
+        assert np.array_equal(model(ids[:4], cache).numpy(), whole[:4])
+
+    def test_a_forward_that_is_interrupted_leaves_it_as_it_was(self, model, rng, monkeypatch):
+        ids = rng.integers(0, 131, 20)
+        whole, cache = model(ids).numpy(), model.new_cache()
+        model(ids[:9], cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.blocks[2].attention, "forward", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids[9:], cache)
+        assert np.array_equal(model(ids[9:], cache).numpy(), whole[9:])
+
+    def test_it_does_not_grow(self, model, rng):
+        cache = model.new_cache()
+        model(rng.integers(0, 131, 3), cache)
+        size = cache.nbytes
+        model(rng.integers(0, 131, 100), cache)
+        assert cache.nbytes == size == 4 * 4 * (2 * 64 + 3 * 64)
+        with pytest.raises(llm.UserError, match="this model's context holds 256"):
+            model(rng.integers(0, 131, 200), cache)
