@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,21 @@ from ops.spec import DTYPES, FLOATS
 
 from .config import parse_config
 from .errors import CheckpointError, ConfigError, UserError
+from .gguf_tokenizer import from_metadata
 from .model import Model
 from .models import architecture
 from .nn import load_parameters
 from .tokenizer import Tokenizer
-from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
+from .weights import (
+    checkpoint_files,
+    pack_all,
+    read_directory,
+    read_gguf,
+    read_llama2c,
+    resolve,
+    translate,
+    write_directory,
+)
 
 
 def load(
@@ -38,9 +49,11 @@ def load(
 ) -> Any:
     """A model with its weights and tokenizer.
 
-    `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a llama2.c `.bin` with its
-    `tok*.bin` beside it, or a Hugging Face repository, downloaded at `revision`. Weights are mapped from the file and
-    copied only where `dtype` (float32, float16, bfloat16; default: as stored) asks for a conversion.
+    `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a `.gguf` file (the first, where
+    there are several), a llama2.c `.bin` with its `tok*.bin` beside it, or a Hugging Face repository, downloaded at
+    `revision`. Weights are mapped from the file and copied only where `dtype` (float32, float16, bfloat16; default: as
+    stored) asks for a conversion. Of a GGUF file, matrices in Q4_0, Q8_0, Q4_K and Q6_K stay packed, to the very same
+    numbers, unless `weights` says otherwise; other types are unpacked.
 
     `weights` is how matrices are held, whatever `dtype` the rest and the activations have: one of those, or "q4" or
     "q8", packed with 4 or 8 bits a value (`ops.quantize`) and kept in the disk cache; then `dtype` is float32 when it
@@ -55,7 +68,7 @@ def load(
         raise UserError(f"device {device!r} is not supported; this version runs on 'cpu'")
     path = resolve(str(name_or_path), revision)
     dtype = "float32" if dtype is None and weights in FORMATS else dtype
-    read = _load_llama2c if path.is_file() else _load_directory
+    read = (_load_gguf if path.suffix == ".gguf" else _load_llama2c) if path.is_file() else _load_directory
     return read(path, dtype, weights, progress)
 
 
@@ -79,6 +92,28 @@ def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: 
     if beside:
         model.tokenizer = Tokenizer.from_llama2c(beside[0], model.config.vocab_size)
     return model
+
+
+def _load_gguf(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
+    given = read_gguf(path)
+    raw, tensors = translate(given)
+    model = build(raw, dtype or _stored_dtype(tensors), weights)
+    if weights is None:
+        _hold_as_stored(model, tensors)
+    _fill(model, tensors, given.files, progress)
+    if given.metadata.get("tokenizer.ggml.model", "no_vocab") not in ("no_vocab", "none"):
+        model.tokenizer = from_metadata(given.metadata, path)
+        model.tokenizer.check_fits(model.config.vocab_size)
+    return model
+
+
+def _hold_as_stored(model: Model, tensors: Mapping[str, Any]) -> None:
+    """Matrices whose numbers a packed format holds exactly take that format."""
+    forms = {name.removeprefix(model.base): getattr(array, "form", None) for name, array in tensors.items()}
+    for name, spec in list(model.parameters()):
+        if spec.ndim == 2 and (form := forms.get(name)):
+            model.set_parameter(name, Spec(spec.shape, form))
+            model.cache_dtype = "float16"
 
 
 def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = None) -> Model:
