@@ -22,21 +22,11 @@ from ops.spec import DTYPES, FLOATS
 
 from .config import parse_config
 from .errors import CheckpointError, ConfigError, UserError
-from .gguf_tokenizer import from_metadata
 from .model import Model
 from .models import architecture
 from .nn import load_parameters
 from .tokenizer import Tokenizer
-from .weights import (
-    checkpoint_files,
-    pack_all,
-    read_directory,
-    read_gguf,
-    read_llama2c,
-    resolve,
-    translate,
-    write_directory,
-)
+from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
 
 
 def load(
@@ -95,6 +85,11 @@ def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: 
 
 
 def _load_gguf(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
+    # Imported here: the library they use takes 40 ms, which other models need not pay.
+    from .gguf_tokenizer import from_metadata
+    from .weights.gguf import read_gguf
+    from .weights.gguf_model import translate
+
     given = read_gguf(path)
     raw, tensors = translate(given)
     model = build(raw, dtype or _stored_dtype(tensors), weights)

@@ -1,7 +1,5 @@
 """Checkpoints: where they lie, and the named tensors in them."""
 
-from llm.weights.gguf import read_gguf
-from llm.weights.gguf_model import translate
 from llm.weights.hub import resolve
 from llm.weights.llama2c import read_llama2c
 from llm.weights.packed import pack_all
@@ -12,10 +10,8 @@ __all__ = [
     "pack_all",
     "read_directory",
     "read_file",
-    "read_gguf",
     "read_llama2c",
     "resolve",
-    "translate",
     "write_directory",
     "write_file",
 ]

@@ -23,6 +23,15 @@ SIZES: dict[str, Any] = {
     "rope.dimension_count": 64,
 }
 VOCABULARY = 263
+# Where a block has its factors, and how large they are made here.
+_FACTORS = {
+    "Q2_K": ((80, 82), 0.004),
+    "Q3_K": ((108,), 0.0007),
+    "Q4_K": ((0, 2), 0.0001),
+    "Q5_K": ((0, 2), 0.00005),
+    "Q6_K": ((208,), 0.00003),
+    "IQ4_NL": ((0,), 0.0008),
+}
 
 
 def shapes(layers: int = 2, width: int = 256, inner: int = 512, kv: int = 128) -> dict[str, tuple[int, ...]]:
@@ -50,14 +59,13 @@ def shapes(layers: int = 2, width: int = 256, inner: int = 512, kv: int = 128) -
 def random_raw(rng: np.random.Generator, kind: Kind, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor's bytes as the file holds them, its values of a deviation near 0.05."""
     values = (rng.standard_normal(shape) * 0.05).astype("float32")
-    if kind in (Kind.F32, Kind.F16, Kind.BF16) or kind.name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"):
+    if kind.name not in _FACTORS:
         return np.ascontiguousarray(gguf.quantize(values, kind)).view("uint8").reshape(*shape[:-1], -1)
     # The library has no code that makes the other types: any codes, and small float16 factors.
     raw = rng.integers(0, 256, (*shape[:-1], row_bytes(kind, shape[-1])), "uint8")
     size = gguf.GGML_QUANT_SIZES[kind][1]
     blocks = raw.reshape(-1, size)
-    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind.name]
-    scale = {"Q2_K": 0.004, "Q3_K": 0.0007, "Q4_K": 0.0003, "Q5_K": 0.00015, "Q6_K": 0.00003}[kind.name]
+    places, scale = _FACTORS[kind.name]
     for at in places:
         blocks[:, at : at + 2] = (rng.uniform(0.5, 1, (len(blocks), 1)) * scale).astype("float16").view("uint8")
     return raw
@@ -115,3 +123,24 @@ def model(rng: np.random.Generator, kind: Kind, tied: bool = False) -> dict[str,
 def unpacked(kind: Kind, raw: np.ndarray) -> np.ndarray:
     """The library's numbers, float32."""
     return gguf.dequantize(raw, kind)
+
+
+def letters() -> dict[int, str]:
+    """How byte-level vocabularies spell bytes."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def byte_level(**changes: Any) -> dict[str, Any]:
+    """Metadata of a byte-level vocabulary of 261 tokens; `changes` by key, `_ggml_pre` being `tokenizer.ggml.pre`."""
+    tokens = [*sorted(letters().values()), "Ġa", "12", "123", "<|im_end|>", "<|end_of_text|>"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array([1] * 259 + [3] * 2, "int32"),
+        "tokenizer.ggml.merges": ["Ġ a", "1 2"],
+        "tokenizer.ggml.eos_token_id": 260,
+        **{f"tokenizer.{key.replace('_ggml_', 'ggml.')}": value for key, value in changes.items()},
+    }

@@ -13,6 +13,7 @@ from llm.errors import TokenizerError
 from llm.gguf_patterns import PRE
 from llm.gguf_tokenizer import from_metadata
 from llm.weights.gguf import read_gguf
+from tests.llm.gguf_files import byte_level, letters
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 VOCABULARIES = sorted(path.name.removesuffix(".inp") for path in (DATA / "vocab").glob("*.gguf.inp"))
@@ -35,10 +36,10 @@ def llama3():
     if not file.is_file():
         pytest.skip("no vocabulary of Llama 3 in ../shared/data/tokenizers")
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, file.read_text().splitlines())}
-    letters = bytes_to_letters()
+    spelling = letters()
 
     def spelt(token):
-        return "".join(letters[byte] for byte in token)
+        return "".join(spelling[byte] for byte in token)
 
     merges = []
     for token, rank in ranks.items():
@@ -59,13 +60,6 @@ def llama3():
         "tokenizer.ggml.merges": [pair for _, pair in sorted(merges)],
         "tokenizer.ggml.bos_token_id": len(tokens),
     }
-
-
-def bytes_to_letters():
-    """How byte-level vocabularies spell bytes."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
 @pytest.mark.skipif(not VOCABULARIES, reason="no vocabularies in ../shared/data/vocab")
@@ -119,20 +113,6 @@ def test_sentencepiece():
     assert bare.encode("ab ab") == [262, 263]
     both = from_metadata(sentencepiece(_ggml_add_eos_token=True), HERE)
     assert both.encode("ab") == [1, 263, 2]
-
-
-def byte_level(**changes):
-    letters = sorted(bytes_to_letters().values())
-    tokens = [*letters, "Ġa", "12", "123", "<|im_end|>", "<|end_of_text|>"]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "llama-bpe",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array([NORMAL] * 259 + [CONTROL] * 2, "int32"),
-        "tokenizer.ggml.merges": ["Ġ a", "1 2"],
-        "tokenizer.ggml.eos_token_id": 260,
-        **{f"tokenizer.{key.replace('_ggml_', 'ggml.')}": value for key, value in changes.items()},
-    }
 
 
 def test_byte_level():
