@@ -45,7 +45,7 @@ def translate(given: Container) -> tuple[dict[str, Any], dict[str, Any]]:
             continue
         try:
             named = _named(family, stem, parts[1], parts[3], array, values)
-            found |= {each: value for each, value in named if not _repeats(each, value, given)}
+            found |= dict(named)
         except (ValueError, IndexError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: tensor {name!r} {list(array.shape)} does not fit the config: {error}"
@@ -55,6 +55,9 @@ def translate(given: Container) -> tuple[dict[str, Any], dict[str, Any]]:
             f" and {len(unknown) - 8} more" * (len(unknown) > 8)
         )
         raise CheckpointError(f"{path}: tensors that a {family.model_type} does not have: {shown}")
+    if family.model_type == "gpt2" and _same(tensors["token_embd.weight"], tensors.get("output.weight")):
+        del found["lm_head.weight"]  # some files repeat the embedding, which is GPT-2's output
+        values["tie_word_embeddings"] = True
     return values, found
 
 
@@ -79,12 +82,9 @@ def _check_layers(given: Container) -> None:
         )
 
 
-def _repeats(name: str, array: Any, given: Container) -> bool:
-    """Whether it is GPT-2's output, which some files repeat although it is the embedding."""
-    if name != "lm_head.weight" or given.metadata["general.architecture"] != "gpt2":
-        return False
-    embedding, output = (given.tensors[each] for each in ("token_embd.weight", "output.weight"))
-    return np.array_equal(*(getattr(each, "raw", each) for each in (embedding, output)))
+def _same(a: Any, b: Any) -> bool:
+    """Whether two tensors hold the same bits."""
+    return b is not None and np.array_equal(getattr(a, "raw", a), getattr(b, "raw", b))
 
 
 def _join(tensors: dict[str, Any], values: Mapping[str, Any]) -> None:

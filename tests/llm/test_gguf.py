@@ -69,9 +69,9 @@ def weights(model):
     return {name: np.asarray(weight.numpy(), "float32") for name, weight in model.parameters()}
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_type(rng, tmp_path, kind, tied):
+def test_every_type(rng, tmp_path, kind):
+    tied = KINDS.index(kind) % 2 == 0
     tensors = gguf_files.model(rng, Kind[kind], tied)
     path = write(tmp_path / "model.gguf", tensors, metadata=byte_level())
     model = llm.load(path)
@@ -91,8 +91,8 @@ def test_every_type(rng, tmp_path, kind, tied):
     twin.tokenizer = model.tokenizer
     text = floats.generate("Once", max_tokens=24)
     assert text == twin.generate("Once", max_tokens=24)
-    if kind in ("Q4_0", "Q8_0"):  # packed once more from the floats, it is what it was
-        again = llm.load(folder, weights=PACKED[kind])
+    if kind == "Q4_0":  # packed once more from the floats, it is what it was
+        again = llm.load(folder, weights="q4")
         again.tokenizer = model.tokenizer
         assert model.generate("Once", max_tokens=24) == again.generate("Once", max_tokens=24)
     if kind in PACKED:
@@ -133,8 +133,11 @@ def test_repacked_once_then_mapped(rng, tmp_path, monkeypatch):
 def test_saved_in_hugging_faces_layout(rng, tmp_path):
     path = write(tmp_path / "model.gguf", gguf_files.model(rng, Kind.Q8_0), metadata=byte_level())
     model = llm.load(path)
-    again = llm.load(model.save(tmp_path / "saved"), weights="q8")
-    assert again.config == model.config and again.generate("Hi", max_tokens=8) == model.generate("Hi", max_tokens=8)
+    again = llm.load(model.save(tmp_path / "saved"))
+    assert again.config == model.config
+    given = weights(again)
+    assert all(np.array_equal(values, given[name]) for name, values in weights(model).items())
+    assert again.tokenizer.encode(" a12") == model.tokenizer.encode(" a12")
 
 
 def test_several_files(rng, tmp_path):
