@@ -26,7 +26,7 @@ from .model import Model
 from .models import architecture
 from .nn import load_parameters
 from .tokenizer import Tokenizer
-from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
+from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, unquantized, write_directory
 
 
 def load(
@@ -63,14 +63,24 @@ def load(
 
 
 def _load_directory(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
-    raw = _read_config(path / "config.json")
-    tensors = read_directory(path)
+    raw, tensors = unquantized(_read_config(path / "config.json"), read_directory(path))
+    _check_counts(raw, tensors)
     model = build(raw, dtype or _stored_dtype(tensors), weights)
+    if weights is None:
+        _hold_as_stored(model, tensors)
     _fill(model, tensors, checkpoint_files(path), progress)
     if (path / "tokenizer.json").exists():
         model.tokenizer = Tokenizer.from_directory(path)
         model.tokenizer.check_fits(model.config.vocab_size)
     return model
+
+
+def _check_counts(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for more layers, or experts, than there are tensors: before anything is made for each."""
+    for key, value in raw.items():
+        counts = key.endswith(("_layers", "_layer", "_experts")) and type(value) is int
+        if counts and value > max(len(tensors), 512):
+            raise CheckpointError(f"{key} is {value}, and the checkpoint has {len(tensors)} tensors: they do not fit")
 
 
 def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
