@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from llm.tokenizer import Tokenizer, merges_by_score
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens that text matches before anything is merged
 _SPACE = "\u2581"
+_LONGEST = 1024  # characters of a token: all ways to part one are looked at
 # Tokens that end an answer, by their names: old files say only which one ends a text.
 _ENDS = """
 <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT>
@@ -79,9 +81,11 @@ def _given(metadata: Mapping[str, Any], path: Path) -> _Given:
         raise TokenizerError(f"{path}: tokenizer.ggml.tokens is missing, or is no list of strings")
     types = _numbers(path, "token_type", types, len(tokens), 1)
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-    if len(set(tokens)) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+    if len({*tokens}) != len(tokens):
+        (twice, _), *_ = Counter(tokens).most_common(1)
         raise TokenizerError(f"{path}: the token {twice!r:.60} is in the vocabulary twice")
+    if (longest := max(map(len, tokens))) > _LONGEST:
+        raise TokenizerError(f"{path}: a token has {longest} characters, at most {_LONGEST} are supported")
     return _Given(path, metadata, tokens, [int(each) for each in types])
 
 

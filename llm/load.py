@@ -102,6 +102,7 @@ def _load_gguf(path: Path, dtype: str | None, weights: str | None, progress: boo
 
     given = read_gguf(path)
     raw, tensors = translate(given)
+    _check_counts(raw, tensors)
     model = build(raw, dtype or _stored_dtype(tensors), weights)
     if weights is None:
         _hold_as_stored(model, tensors)

@@ -164,6 +164,7 @@ def test_wordpiece_as_the_library_from_berts_own_vocabulary():
         ({"_ggml_merges": None}, "tokenizer.ggml.merges is (missing|None)"),
         ({"_ggml_merges": ["xx yy"]}, "the vocabulary is damaged: .*"),
         ({"_ggml_merges": ["nospace"]}, "the vocabulary is damaged: .*"),
+        ({"_ggml_tokens": ["a" * 2000], "_ggml_token_type": None}, "a token has 2000 characters, at most 1024"),
         ({"_ggml_bos_token_id": 1.5}, "bos_token_id is 1.5, expected int"),
     ],
 )
