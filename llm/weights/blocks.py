@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
@@ -42,6 +42,12 @@ class Blocks(Lazy):
 
     def __getitem__(self, index: Any) -> Blocks:
         return Blocks(self.kind, self.raw[index])
+
+    def below(self, others: Sequence[Any]) -> Blocks | None:
+        """This and others of its kind, one below the other; None where they are not all of its kind."""
+        if not all(isinstance(each, Blocks) and each.kind == self.kind for each in others):
+            return None
+        return Blocks(self.kind, np.concatenate([self.raw, *(each.raw for each in others)]))
 
     def _unpacked(self) -> np.ndarray:
         rows = self.raw.reshape(-1, self.raw.shape[-1])

@@ -118,7 +118,7 @@ class _Cursor:
     """Goes through the header; `at` never passes the end."""
 
     def __init__(self, path: Path, data: np.ndarray):
-        self.path, self.data, self.at = path, memoryview(data), 0
+        self.path, self.data, self.at = path, memoryview(data.data), 0
 
     def take(self, count: int, what: str) -> memoryview:
         if count > len(self.data) - self.at:

@@ -46,7 +46,8 @@ def config(given: Container, family: Family) -> dict[str, Any]:
     for key in _REQUIRED:
         if type(keys[key]) is not int or not 0 < keys[key] < 2**31:
             raise ConfigError(f"{path}: {prefix}{key} is {keys[key]!r:.60}, expected a positive integer")
-    values = {"model_type": family.model_type, "vocab_size": given.tensors["token_embd.weight"].shape[0]} | family.fixed
+    rows = given.tensors["token_embd.weight"].shape[0]
+    values: dict[str, Any] = {"model_type": family.model_type, "vocab_size": rows, **family.fixed}
     rope = {key: keys.pop(key) for key in [*keys] if key.startswith("rope.") and key not in family.values}
     heads = keys["attention.head_count"]
     values |= _attention(path, keys, family, heads)

@@ -131,8 +131,8 @@ def _gptq(settings: Mapping[str, Any], tensors: Tensors, dtype: Any) -> Tensors:
         index = _index(inputs, len(scales), size) if given is None else given.astype("int64")
         _fits(index.shape == (inputs,) and index.min() >= 0 and index.max() < len(scales), "g_idx is out of range")
         middle = (unpacked(zeros, bits) + (form == "gptq")) & np.uint8(2**bits - 1)
-        turned = (np.ascontiguousarray(each.T) for each in (scales, middle))
-        return Codes(lambda: unpacked(np.ascontiguousarray(weight.T), bits), *turned, index, bits)
+        rows, middle = np.ascontiguousarray(scales.T), np.ascontiguousarray(middle.T)
+        return Codes(lambda: unpacked(np.ascontiguousarray(weight.T), bits), rows, middle, index, bits)
 
     return _replaced(tensors, "qweight", ("scales", "qzeros", "g_idx?"), make, "gptq")
 

@@ -7,6 +7,7 @@ import pytest
 import ops
 from debug.tolerance import KERNEL, relative_error
 from llm.weights.blocks import QUANTIZED, Blocks, Kind, nbytes, row_bytes
+from llm.weights.lazy import Lazy, concatenated
 from ops import quantize, target
 from ops.quantize import KNOWN
 from tests.ops.harness import check, random
@@ -115,3 +116,24 @@ class TestHeldAsGiven:
     def test_it_is_not_made_from_floats(self, rng, kind):
         with pytest.raises(ops.DTypeError, match=r"is not made from floats, only taken over from a file: use q4, q8"):
             ops.tensor(random(rng, (16, 256), "float32"), PACKED[kind])
+
+
+def test_lazy_arrays_are_rearranged_like_others(rng):
+    values = rng.standard_normal((6, 4)).astype("float32")
+    lazy = Lazy(values.shape, lambda: values)
+    for change in (
+        lambda a: a.T, lambda a: a[2:5], lambda a: a[[3, 1]], lambda a: a[:, ::2], lambda a: a[4], lambda a: a.reshape(3, -1),
+        lambda a: a.reshape(2, 3, 4)[1].T,
+    ):  # fmt: skip
+        given, wanted = change(lazy), change(values)
+        assert isinstance(given, Lazy) and given.shape == wanted.shape and np.array_equal(np.asarray(given), wanted)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        lazy.reshape(5, -1)
+    both = concatenated([lazy, values])
+    assert isinstance(both, Lazy) and np.array_equal(np.asarray(both), np.concatenate([values] * 2))
+    assert isinstance(concatenated([values, values]), np.ndarray)
+    raw = random_bytes(rng, Kind.Q4_0, (5, 64))
+    stacked = concatenated([Blocks(Kind.Q4_0, raw), Blocks(Kind.Q4_0, raw)])
+    assert stacked.form == "q4" and np.array_equal(stacked.raw, np.concatenate([raw, raw]))
+    mixed = concatenated([Blocks(Kind.Q4_0, raw), values[:, :1].repeat(64, 1)])
+    assert mixed.shape == (11, 64) and np.asarray(mixed).shape == (11, 64)

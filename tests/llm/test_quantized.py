@@ -15,7 +15,7 @@ from llm.weights import read_file, write_file
 from llm.weights.quantized import unquantized
 from tests.llm import small
 
-BFLOAT16 = ml_dtypes.bfloat16
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MODULE = "model.layers.0.mlp.up_proj"
 
 
@@ -44,7 +44,7 @@ def each(rows, inputs, value):
     return np.array([[value(row, i) for i in range(inputs)] for row in range(rows)])
 
 
-def scales_of(rng, shape, dtype="float16"):
+def scales_of(rng, shape, dtype: np.dtype = np.dtype("float16")):  # noqa: B008
     return rng.uniform(0.001, 0.02, shape).astype(dtype)
 
 
@@ -97,7 +97,7 @@ def test_gptq(rng, bits, act_order, symmetric, version):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("dtype", ["float16", BFLOAT16])
+@pytest.mark.parametrize("dtype", [np.dtype("float16"), BFLOAT16])
 def test_mlx(rng, bits, dtype):
     outputs, inputs, size = 8, 64, 32
     codes = rng.integers(0, 2**bits, (outputs, inputs))
@@ -154,7 +154,9 @@ def test_compressed_tensors_packed(rng, bits, symmetric, group):
         tensors[f"{MODULE}.weight_zero_point"] = words(zeros + middle, bits, 0)
     settings = compressed("pack-quantized", num_bits=bits, strategy="group" if group else "channel", group_size=group)
     given, lazy = read(settings, tensors)
-    wanted = each(outputs, inputs, lambda o, i: BFLOAT16(values[o, i] - zeros[o, i // size]) * scales[o, i // size])
+    wanted = each(
+        outputs, inputs, lambda o, i: BFLOAT16.type(values[o, i] - zeros[o, i // size]) * scales[o, i // size]
+    )
     assert given.dtype == BFLOAT16 and np.array_equal(given, wanted)
     assert lazy.form == (f"q{bits}" if symmetric else None)
 
