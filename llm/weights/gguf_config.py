@@ -14,19 +14,16 @@ from llm.weights.gguf_families import Family
 _REQUIRED = ("context_length", "embedding_length", "block_count", "attention.head_count")
 # Said by the tensors too, or of no effect on the arithmetic.
 _IDLE = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_gating_func"}
+# Nothing, as if the key were not there.
+_NONE_AT_ZERO = ("attention.sliding_window", "attention.scale", "logit_scale", "expert_count", "expert_used_count")
 # Without effect at one value, which says that a feature is off.
 _IDLE_AT: Mapping[str, Any] = {
-    "expert_count": 0,
-    "expert_used_count": 0,
     "expert_group_count": 1,
     "expert_group_used_count": 1,
     "attention.causal": True,
-    "attention.sliding_window": 0,
     "attention.clamp_kqv": 0.0,
     "attention.max_alibi_bias": 0.0,
-    "attention.scale": 0.0,
     "nextn_predict_layers": 0,
-    "logit_scale": 0.0,
     "rope.scale_linear": 1.0,
     "use_parallel_residual": False,
     "interleave_moe_layer_step": 0,
@@ -52,11 +49,11 @@ def config(given: Container, family: Family) -> dict[str, Any]:
     heads = keys["attention.head_count"]
     values |= _attention(path, keys, family, heads)
     for key, value in keys.items():
-        if key in _IDLE_AT and value == _IDLE_AT[key]:
+        if key in _NONE_AT_ZERO and value == 0:
             continue
         if key in family.values:
             values[family.values[key]] = value
-        elif key not in _IDLE:
+        elif key not in _IDLE and (key not in _IDLE_AT or value != _IDLE_AT[key]):
             raise ConfigError(
                 f"{path}: {prefix}{key} = {value!r:.60} is not understood for {family.model_type}, and could change "
                 "the arithmetic"

@@ -126,11 +126,10 @@ def _multiply(p: Product, activations: Activations, tile: Any, blocks: list, tot
     dot, count = Dot(target.machine(), p.form), activations.count(tile)
     with T.grid(i64(p.streams), count) as (stream, m):
         vector.store(totals, [stream * p.tile + m, i64(0)], vector.zeros(p.lanes), p.lanes)
-    size = i64(p.form.block(p.groups, p.lanes))
-    first = [T.bind(tirx.min(block, i64(p.blocks - 1)) * size) for block in blocks]
+    first = [T.bind(tirx.min(block, i64(p.blocks - 1)) * p.groups) for block in blocks]
     with T.serial(i64(0), i64(p.groups)) as group:
         for stream in range(0, p.streams, p.together):
-            records = [Record(p, dot, each, group) for each in first[stream : stream + p.together]]
+            records = [Record(p, dot, each + group) for each in first[stream : stream + p.together]]
             with T.serial(i64(0), count) as m:
                 at = activations.at(tile, group, m)
                 rows = [[(stream + i) * p.tile + m, i64(0)] for i in range(p.together)]
@@ -156,12 +155,16 @@ def _added(record: Record, activations: Activations, at: Any, product: Any, tota
 
 
 class Record:
-    """The weights, scales and minima of a group of the block of rows at byte `block`, in registers."""
+    """The weights, scales and minima of record `index`, those of a block of rows and a group, in registers."""
 
-    def __init__(self, p: Product, dot: Dot, block: Any, group: Any):
+    def __init__(self, p: Product, dot: Dot, index: Any):
         form, lanes = p.form, p.lanes
-        size = 4 * lanes
-        start = held(block + form.start(group, lanes))
+        size, factors = 4 * lanes, None
+        if form.shared == 1:
+            start = held(index * form.record(lanes))
+        else:
+            block, group = held(index // p.groups * form.block(p.groups, lanes)), held(index % p.groups)
+            start, factors = held(block + form.start(group, lanes)), held(block + form.factor(group, lanes))
         if p.high != 1:  # one token's loads come so fast that the processor runs ahead by itself, and does it better
             for line in range(0, form.record(lanes), LINE):
                 vector.prefetch(p.weight, [start + i64(AHEAD + line)])
@@ -171,9 +174,8 @@ class Record:
         for which in range(1 + form.minimum):
             at = form.codes(lanes) + which * lanes * np.dtype(form.scale).itemsize
             scale = _floats(p.weight, start + i64(at), form.scale, lanes)
-            if form.shared > 1:
-                factor = block + form.factor(group, lanes) + i64(which * 2 * lanes)
-                scale = _floats(p.weight, factor, "float16", lanes) * scale
+            if factors is not None:
+                scale = _floats(p.weight, factors + i64(which * 2 * lanes), "float16", lanes) * scale
             scales.append(held(scale))
         self.scale, self.minimum = scales[0], scales[1] if form.minimum else None
 

@@ -122,9 +122,14 @@ def test_lazy_arrays_are_rearranged_like_others(rng):
     values = rng.standard_normal((6, 4)).astype("float32")
     lazy = Lazy(values.shape, lambda: values)
     for change in (
-        lambda a: a.T, lambda a: a[2:5], lambda a: a[[3, 1]], lambda a: a[:, ::2], lambda a: a[4], lambda a: a.reshape(3, -1),
+        lambda a: a.T,
+        lambda a: a[2:5],
+        lambda a: a[[3, 1]],
+        lambda a: a[:, ::2],
+        lambda a: a[4],
+        lambda a: a.reshape(3, -1),
         lambda a: a.reshape(2, 3, 4)[1].T,
-    ):  # fmt: skip
+    ):
         given, wanted = change(lazy), change(values)
         assert isinstance(given, Lazy) and given.shape == wanted.shape and np.array_equal(np.asarray(given), wanted)
     with pytest.raises(ValueError, match="cannot reshape"):

@@ -173,6 +173,8 @@ def test_gpt_neoxs_queries_keys_and_values(rng):
     config, found = translated("gptneox", {"blk.0.attn_qkv.weight": stored}, values)
     assert np.array_equal(found["gpt_neox.layers.0.attention.query_key_value.weight"], theirs)
     assert config["use_parallel_residual"] is True and config["rotary_pct"] == 0.5
+    config, _ = translated("gptneox", {"blk.0.attn_qkv.weight": stored}, values | {"use_parallel_residual": False})
+    assert config["use_parallel_residual"] is False
 
 
 def test_deepseeks_keys_and_values(rng):
