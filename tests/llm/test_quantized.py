@@ -180,7 +180,9 @@ def test_fp8_by_blocks(rng, shape):
     tensors = {f"{MODULE}.weight": weight, f"{MODULE}.weight_scale_inv": scale}
     settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     given, _ = read(settings, tensors)
-    wanted = each(*shape, lambda o, i: np.float32(weight[o, i]) * scale[o // 128, i // 128]).astype(BFLOAT16)
+    wanted = each(shape[0], shape[1], lambda o, i: np.float32(weight[o, i]) * scale[o // 128, i // 128]).astype(
+        BFLOAT16
+    )
     assert given.dtype == BFLOAT16 and np.array_equal(given, wanted)
     half, _ = read(settings, tensors, torch_dtype="float16")
     assert half.dtype == np.float16
