@@ -29,7 +29,9 @@ def _option(*names: str, metavar: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, metavar=metavar, help=help, **more)
 
 
-Model = Annotated[str, _option("--model", "-m", metavar="NAME", help="tiny, a folder, a llama2.c .bin, or a Hub name")]
+Model = Annotated[
+    str, _option("--model", "-m", metavar="NAME", help="tiny, a folder, a .gguf or llama2.c .bin, or a Hub name")
+]
 Tokens = Annotated[int, _option("--max-tokens", "-n", metavar="N", help="at most this many tokens")]
 Temperature = Annotated[float, _option("--temp", metavar="T", help="0: always the likeliest token")]
 TopK = Annotated[int, _option("--top-k", metavar="K", help="only among the K likeliest; 0: all")]
@@ -135,7 +137,7 @@ def chat(
 @app.command()
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a config.json, a llama2.c .bin, or a Hub name")
+        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a config.json, a .gguf or .bin file, or a Hub name")
     ] = "tiny",
     weights: Weights = None,
     revision: Revision = None,
@@ -167,7 +169,7 @@ def bench(
 @app.command()
 def doctor(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a llama2.c .bin, or a Hub name")
+        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a .gguf or llama2.c .bin, or a Hub name")
     ] = "tiny",
     ref: Annotated[
         str, _option("--ref", metavar="REF", help="hf (transformers), float64, or a folder or file of right weights")

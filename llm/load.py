@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .models import architecture
 from .nn import load_parameters
 from .rope import Rope
 from .tokenizer import Tokenizer
-from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, write_directory
+from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, unquantized, write_directory
 
 _OF_LAYERS = {"layer_types": "layer_type", "no_rope_layers": "use_rope"}  # lists in a config -> what a layer knows
 
@@ -41,9 +42,11 @@ def load(
 ) -> Any:
     """A model with its weights and tokenizer.
 
-    `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a llama2.c `.bin` with its
-    `tok*.bin` beside it, or a Hugging Face repository, downloaded at `revision`. Weights are mapped from the file and
-    copied only where `dtype` (float32, float16, bfloat16; default: as stored) asks for a conversion.
+    `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a `.gguf` file (the first, where
+    there are several), a llama2.c `.bin` with its `tok*.bin` beside it, or a Hugging Face repository, downloaded at
+    `revision`. Weights are mapped from the file and copied only where `dtype` (float32, float16, bfloat16; default: as
+    stored) asks for a conversion. Of a GGUF file, matrices in Q4_0, Q8_0, Q4_K and Q6_K stay packed, to the very same
+    numbers, unless `weights` says otherwise; other types are unpacked.
 
     `weights` is how matrices are held, whatever `dtype` the rest and the activations have: one of those, or "q4" or
     "q8", packed with 4 or 8 bits a value (`ops.quantize`) and kept in the disk cache; then `dtype` is float32 when it
@@ -58,7 +61,7 @@ def load(
         raise UserError(f"device {device!r} is not supported; this version runs on 'cpu'")
     path = resolve(str(name_or_path), revision)
     dtype = "float32" if dtype is None and weights in FORMATS else dtype
-    read = _load_llama2c if path.is_file() else _load_directory
+    read = (_load_gguf if path.suffix == ".gguf" else _load_llama2c) if path.is_file() else _load_directory
     return read(path, dtype, weights, progress)
 
 
@@ -81,14 +84,24 @@ def outline(name_or_path: str | os.PathLike[str], weights: str | None = None) ->
 
 
 def _load_directory(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
-    raw = _read_config(path / "config.json")
-    tensors = read_directory(path)
+    raw, tensors = unquantized(_read_config(path / "config.json"), read_directory(path))
+    _check_counts(raw, tensors)
     model = build(raw, dtype or _stored_dtype(tensors), weights)
+    if weights is None:
+        _hold_as_stored(model, tensors)
     _fill(model, tensors, checkpoint_files(path), progress)
     if (path / "tokenizer.json").exists():
         model.tokenizer = Tokenizer.from_directory(path)
         model.tokenizer.check_fits(model.config.vocab_size)
     return model
+
+
+def _check_counts(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for more layers, or experts, than there are tensors: before anything is made for each."""
+    for key, value in raw.items():
+        counts = key.endswith(("_layers", "_layer", "_experts")) and type(value) is int
+        if counts and value > max(len(tensors), 512):
+            raise CheckpointError(f"{key} is {value}, and the checkpoint has {len(tensors)} tensors: they do not fit")
 
 
 def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
@@ -100,6 +113,34 @@ def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: 
     if beside:
         model.tokenizer = Tokenizer.from_llama2c(beside[0], model.config.vocab_size)
     return model
+
+
+def _load_gguf(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
+    # Imported here: the library they use takes 40 ms, which other models need not pay.
+    from .gguf_tokenizer import from_metadata
+    from .weights.gguf import read_gguf
+    from .weights.gguf_model import translate
+
+    given = read_gguf(path)
+    raw, tensors = translate(given)
+    _check_counts(raw, tensors)
+    model = build(raw, dtype or _stored_dtype(tensors), weights)
+    if weights is None:
+        _hold_as_stored(model, tensors)
+    _fill(model, tensors, given.files, progress)
+    if given.metadata.get("tokenizer.ggml.model", "no_vocab") not in ("no_vocab", "none"):
+        model.tokenizer = from_metadata(given.metadata, path)
+        model.tokenizer.check_fits(model.config.vocab_size)
+    return model
+
+
+def _hold_as_stored(model: Model, tensors: Mapping[str, Any]) -> None:
+    """Matrices whose numbers a packed format holds exactly take that format."""
+    forms = {name.removeprefix(model.base): getattr(array, "form", None) for name, array in tensors.items()}
+    for name, spec in list(model.parameters()):
+        if spec.ndim == 2 and (form := forms.get(name)):
+            model.set_parameter(name, Spec(spec.shape, form))
+            model.cache_dtype = "float16"
 
 
 def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = None) -> Model:

@@ -10,7 +10,7 @@ import numpy as np
 import ops
 from ops import Spec, Tensor, hooks, scope, select
 from ops.progress import tracked
-from ops.quantize import FORMATS
+from ops.quantize import KNOWN
 
 from . import rope
 from .errors import CheckpointError
@@ -239,7 +239,7 @@ def load_parameters(
     problems += [f"there with and without {base!r} in front: {_listed(twice)}"] * bool(twice)
     if problems:
         raise CheckpointError(f"the checkpoint does not fit {type(module).__name__}: {'; '.join(problems)}")
-    matrices = {name: Spec(each.shape, each.dtype) for name, each in wanted.items() if each.dtype in FORMATS}
+    matrices = {name: Spec(each.shape, each.dtype) for name, each in wanted.items() if each.dtype in KNOWN}
     ready = pack(matrices, arrays) if pack and matrices else {}
     for name, spec in tracked(wanted.items(), "Loading weights", shown=progress and module.nbytes > _SLOW_LOAD):
         made = ready[name] if name in ready else ops.tensor(np.ascontiguousarray(arrays[name]), spec.dtype)

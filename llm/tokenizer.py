@@ -89,7 +89,10 @@ class Tokenizer:
         vocab = {piece: i for i, piece in enumerate(pieces)}
         if len(vocab) != vocab_size:
             raise TokenizerError(f"{path}: {vocab_size - len(vocab)} tokens occur twice; not a llama2.c tokenizer.")
-        model = models.BPE(vocab, _merges(vocab, scores), unk_token="<unk>", byte_fallback=True, fuse_unk=False)
+        merged = [id > 2 for id in range(vocab_size)]
+        model = models.BPE(
+            vocab, merges_by_score(vocab, scores, merged), unk_token="<unk>", byte_fallback=True, fuse_unk=False
+        )
         backend = tokenizers.Tokenizer(model)
         backend.normalizer = normalizers.Prepend(" ")
         backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
@@ -332,16 +335,17 @@ def _read_llama2c(path: Path, vocab_size: int) -> tuple[list[str], list[float]]:
     return ["<unk>", "<s>", "</s>", *pieces[3:]], scores
 
 
-def _merges(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """All pairs of tokens whose concatenation is a token, best score first.
+def merges_by_score(vocab: dict[str, int], scores: Sequence[float], merged: Sequence[bool]) -> list[tuple[str, str]]:
+    """All pairs of tokens whose concatenation is a token, best score first; `merged` says which ids may take part.
 
     llama2.c takes the leftmost of equal scores, but a merge's rank cannot depend on its place. For the runs of spaces,
     which all tie, longest left part first comes to the same: the first run grows by one space at a time.
     """
     ranked = []
-    for token, id in vocab.items():
+    parts = {token for token, id in vocab.items() if merged[id]}
+    for token in parts:
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
-            if id > 2 and vocab.get(left, 0) > 2 and vocab.get(right, 0) > 2:
-                ranked.append((-scores[id], -i, left, right))
+            if left in parts and right in parts:
+                ranked.append((-scores[vocab[token]], -i, left, right))
     return [(left, right) for *_, left, right in sorted(ranked)]

@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 
 from . import quantize, target
-from .quantize import FORMATS
+from .quantize import KNOWN
 from .spec import FLOATS
 from .tensor import Tensor
 
@@ -144,7 +144,7 @@ def html(tensor: Tensor) -> str:
         return box(header + escape(_corners(_matrix(tensor), 0)[0]))
     found = statistics(tensor)
     parts = [_listed(_facts(tensor, found)), _map(tensor)]
-    if found.seen >= _MANY and found.least is not None and tensor.dtype in (*FLOATS, *FORMATS):
+    if found.seen >= _MANY and found.least is not None and tensor.dtype in (*FLOATS, *KNOWN):
         parts += [_histogram(tensor), _outliers(tensor, found)]
     row = "display:flex;flex-wrap:wrap;gap:8px 18px;align-items:flex-start"
     return box(f"{header}<div style='{row}'>{''.join(parts)}</div>")

@@ -11,7 +11,7 @@ from tvm.script.tirx import builder
 from . import packed, tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
-from .quantize import FORMATS
+from .quantize import KNOWN
 from .spec import DTYPES, FLOATS
 from .tensor import Tensor
 
@@ -27,8 +27,8 @@ def embedding(ids: Tensor, weight: Tensor, *, dtype: str | None = None) -> Tenso
     """
     if ids.dtype not in _IDS:
         raise DTypeError(f"ids is {ids}, expected int32 or int64")
-    if weight.dtype not in (*FLOATS, *FORMATS):
-        raise DTypeError(f"weight is {weight}, expected one of {', '.join((*FLOATS, *FORMATS))}")
+    if weight.dtype not in (*FLOATS, *KNOWN):
+        raise DTypeError(f"weight is {weight}, expected one of {', '.join((*FLOATS, *KNOWN))}")
     if dtype not in (None, *FLOATS):
         raise DTypeError(f"dtype is {dtype!r}, expected one of {', '.join(FLOATS)}")
     if ids.ndim != 1:

@@ -12,7 +12,7 @@ from tvm.tirx.script import builder as T
 from . import packed, target, tir
 from .errors import DTypeError, ShapeError
 from .op import like, op
-from .quantize import FORMATS, round_activations
+from .quantize import KNOWN, round_activations
 from .schedule import gemm, gpu, gpu_matmul, quantized
 from .spec import FLOATS, Dim, Spec
 from .tensor import Tensor
@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     operands and sums below float32's smallest normal number, 1.2e-38, count as zero. HF and torch: nn.Linear.
     """
     for name, each, ndim in (("x", x, 2), ("weight", weight, 2), ("bias", bias, 1)):
-        known = (*FLOATS, *FORMATS) if name == "weight" else FLOATS
+        known = (*FLOATS, *KNOWN) if name == "weight" else FLOATS
         if each is not None and each.dtype not in known:
             raise DTypeError(f"{name} is {each}, expected one of {', '.join(known)}")
         if each is not None and each.ndim != ndim:

@@ -44,11 +44,15 @@ class Weight:
     def level(self, row: Any, column: Any) -> tirx.Expr:
         """What an element's code stands for, without scale and minimum, int32."""
         form, inside = self.form, column % self.form.group
-        word, part, byte = inside // (4 * form.parts), inside // 4 % form.parts, inside % 4
-        at = self._record(row, column // form.group) + (word * self.lanes + row % self.lanes) * 4 + byte
-        code = self.buffer[at].astype("int32")
-        if form.parts > 1:
-            code = (code >> (part * form.bits).astype("int32")) & (2**form.bits - 1)
+        start, code = self._record(row, column // form.group), None
+        for plane in form.planes:
+            word, part, byte = inside // (4 * plane.parts), inside // 4 % plane.parts, inside % 4
+            bits = self.buffer[start + (word * self.lanes + row % self.lanes) * 4 + byte].astype("int32")
+            if plane.parts > 1:
+                bits = (bits >> (part * plane.bits).astype("int32")) & (2**plane.bits - 1)
+            code = bits if code is None else code | (bits << plane.shift)
+            start = start + self.lanes * form.group // plane.parts
+        assert code is not None
         if form.levels is None:
             return code - form.offset
         level = tirx.const(form.levels[0], "int32")
@@ -65,17 +69,31 @@ class Weight:
         return self._float(row, group, 1)
 
     def _float(self, row: Any, group: Any, which: int) -> tirx.Expr:
-        form, size = self.form, np.dtype(self.form.scale).itemsize
-        codes = self.lanes * form.group * form.bits // 8
-        at = self._record(row, group) + codes + (which * self.lanes + row % self.lanes) * size
+        form, lanes = self.form, self.lanes
+        size = np.dtype(form.scale).itemsize
+        at = self._record(row, group) + form.codes(lanes) + (which * lanes + row % lanes) * size
+        value = self._number(at, form.scale)
+        if form.shared == 1:
+            return value
+        factor = self._block(row) + form.factor(group, lanes) + (which * lanes + row % lanes) * 2
+        return self._number(factor, "float16") * value
+
+    def _number(self, at: Any, dtype: str) -> tirx.Expr:
+        """The number of `dtype` at a byte, float32."""
+        size = np.dtype(dtype).itemsize
         kind = f"uint{8 * size}"
         bits = self.buffer[at].astype(kind)
         for i in range(1, size):
             bits = bits | (self.buffer[at + i].astype(kind) << tirx.const(8 * i, kind))
-        return tir.half(bits) if kind == "uint16" and form.scale == "float16" else tirx.reinterpret(form.scale, bits)
+        if dtype == "float16":
+            return tir.half(bits)
+        return (bits if kind == dtype else tirx.reinterpret(dtype, bits)).astype("float32")
+
+    def _block(self, row: Any) -> Any:
+        return row // self.lanes * self.form.block(self.groups, self.lanes)
 
     def _record(self, row: Any, group: Any) -> Any:
-        return (row // self.lanes * self.groups + group) * self.form.record(self.lanes)
+        return self._block(row) + self.form.start(group, self.lanes)
 
 
 def quantized(x: Any, n: Any, k: int, form: Format) -> tuple[Any, Any, Any]:

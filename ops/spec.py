@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import DTypeError, ShapeError
-from .quantize import FORMATS, Format
+from .quantize import KNOWN, Format
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("float32"),
@@ -79,10 +79,10 @@ class Spec:
         found = cls._interned.get(key)
         if found is not None:
             return found
-        if dtype not in DTYPES and dtype not in FORMATS:
-            raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join((*DTYPES, *FORMATS))}")
+        if dtype not in DTYPES and dtype not in KNOWN:
+            raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join((*DTYPES, *KNOWN))}")
         shape = tuple(_size(size, shape) for size in shape)
-        if dtype in FORMATS and (len(shape) != 2 or any(isinstance(size, Dim) for size in shape)):
+        if dtype in KNOWN and (len(shape) != 2 or any(isinstance(size, Dim) for size in shape)):
             raise ShapeError(f"shape {shape} of dtype {dtype}: a packed weight is [rows, inputs]")
         self = object.__new__(cls)
         self.shape, self.dtype, self.device, self.ndim, self.free = shape, dtype, device, len(shape), []
@@ -102,7 +102,7 @@ class Spec:
     @property
     def format(self) -> Format | None:
         """How a packed weight is held; None where elements stand in memory one by one."""
-        return FORMATS.get(self.dtype)
+        return KNOWN.get(self.dtype)
 
     @property
     def itemsize(self) -> int:

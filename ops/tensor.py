@@ -13,7 +13,7 @@ import tvm_ffi
 
 from . import memory, quantize, target
 from .errors import DTypeError, OpError, ShapeError
-from .quantize import FORMATS
+from .quantize import KNOWN
 from .spec import DTYPES, Spec
 
 Number = float | np.integer | np.floating
@@ -264,7 +264,7 @@ def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
         listed = np.asarray(array)
         array = listed.astype("float32") if listed.dtype == np.float64 else listed
     array = np.asarray(array)
-    if dtype in FORMATS:
+    if dtype in KNOWN:
         return tensor_from_packed(quantize.pack(array, dtype), Spec(array.shape, dtype))
     if dtype is not None:
         array = array.astype(_known(dtype), copy=False)
@@ -298,7 +298,7 @@ def _unpickled(data: np.ndarray, spec: Spec, lanes: int) -> Tensor:
 
 def _known(dtype: str) -> np.dtype:
     if dtype not in DTYPES:
-        raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join((*DTYPES, *FORMATS))}")
+        raise DTypeError(f"unknown dtype {dtype!r}; known are {', '.join((*DTYPES, *KNOWN))}")
     return DTYPES[dtype]
 
 

@@ -6,22 +6,24 @@ from pathlib import Path
 
 from llm.errors import ModelNotFound
 
-_FILE = ".bin"  # a model that is one file
-_PATH_SUFFIXES = (_FILE, ".json", ".safetensors", ".gguf")
+_FILES = (".bin", ".gguf")  # a model that is one file
+_PATH_SUFFIXES = (*_FILES, ".json", ".safetensors")
 # Top-level files only: subdirectories and "consolidated" files repeat the weights in other forms. No pickles.
 _ALLOW = ["*.json", "*.safetensors", "*.jinja"]
 _IGNORE = ["*/*", "consolidated*"]
 
 
 def resolve(name_or_path: str, revision: str | None = None) -> Path:
-    """Where the model `name_or_path` lies: "tiny", a directory, a .bin file, or a Hub repository's id.
+    """Where the model `name_or_path` lies: "tiny", a directory, a .gguf or .bin file, or a Hub repository's id.
 
     "tiny" is the embedded model (`./tiny` is a directory of that name). A repository is downloaded to the Hub's own
     cache, resuming what an earlier call left; HF_HUB_OFFLINE=1 uses the cache alone. Raises ModelNotFound with one
     line that says what to do; also for a `revision` of something that has none.
     """
     if not name_or_path.strip():
-        raise ModelNotFound("no model given: expected 'tiny', a directory, a .bin file, or a Hub repository id")
+        raise ModelNotFound(
+            "no model given: expected 'tiny', a directory, a .gguf or .bin file, or a Hub repository id"
+        )
     path = Path(os.path.expanduser(name_or_path))
     local = Path(__file__).parents[1] / "tiny" if name_or_path == "tiny" else path if path.exists() else None
     if local is None and not _looks_like_path(name_or_path):
@@ -30,8 +32,8 @@ def resolve(name_or_path: str, revision: str | None = None) -> Path:
         raise ModelNotFound(f"no model at {name_or_path!r}: {_candidates(path)}")
     if revision is not None:
         raise ModelNotFound(f"{name_or_path!r} is local and has no revision {revision!r}: leave the revision out")
-    if local.is_file() and local.suffix != _FILE:
-        raise ModelNotFound(f"{name_or_path!r} is not a model file ({_FILE}): give its directory")
+    if local.is_file() and local.suffix not in _FILES:
+        raise ModelNotFound(f"{name_or_path!r} is not a model file ({', '.join(_FILES)}): give its directory")
     return local
 
 
@@ -46,7 +48,7 @@ def _candidates(path: Path) -> str:
         missing = missing.parent
     parent = missing.parent
     try:
-        names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix == _FILE)
+        names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() or entry.suffix in _FILES)
     except OSError as error:
         return f"{parent} cannot be listed: {error.strerror or error}"
     close = difflib.get_close_matches(missing.name, names, n=3)

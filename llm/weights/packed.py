@@ -14,6 +14,7 @@ import numpy as np
 
 import ops
 from llm.errors import CheckpointError
+from llm.weights.lazy import Lazy
 from llm.weights.safetensors import map_file, read_file, write_file
 from ops import Spec, Tensor, memory, quantize, store, target
 from ops.progress import tracked
@@ -28,7 +29,7 @@ def pack_all(
     """The matrices `wanted` of a checkpoint's `arrays`, packed: mapped from the disk cache, else made and kept there.
 
     `files` are what the checkpoint consists of: their content is the cache's key, with the formats, this machine's
-    layout and the packing's source. Raises CheckpointError for a weight that its format cannot hold.
+    layout and the source of what reads and packs. Raises CheckpointError for a weight that its format cannot hold.
     """
     key = _key(wanted, files)
     with store.weights.locked(key):
@@ -57,9 +58,11 @@ def _made(wanted: Mapping[str, Spec], arrays: Mapping[str, np.ndarray], progress
     shown = progress and sum(spec.size for spec in wanted.values()) > _SHOWN
 
     def pack(name: str) -> np.ndarray:
-        spec = wanted[name]
+        spec, array, out = wanted[name], arrays[name], memory.huge(wanted[name].nbytes)
+        if isinstance(array, Lazy) and array.form == spec.dtype:
+            return array.pack(spec.dtype, out)
         try:
-            return quantize.pack(arrays[name], spec.dtype, memory.huge(spec.nbytes))
+            return quantize.pack(np.asarray(array), spec.dtype, out)
         except ops.DTypeError as error:
             raise CheckpointError(f"{name}: {error}; leave the weights as they are stored") from None
 
@@ -79,8 +82,14 @@ def _write(found: Mapping[str, np.ndarray], folder: Path) -> Path:
 def _key(wanted: Mapping[str, Spec], files: Sequence[Path]) -> str:
     parts = [_digest(path) for path in files]
     parts += [f"{name} {spec.shape} {spec.format}" for name, spec in sorted(wanted.items())]
-    parts += [f"lanes {target.lanes()}", inspect.getsource(quantize)]
+    parts += [f"lanes {target.lanes()}", inspect.getsource(quantize), *_readers()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _readers() -> tuple[str, ...]:
+    """The source of this package: what a file's numbers are taken to be."""
+    return tuple(path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def _digest(path: Path) -> str:

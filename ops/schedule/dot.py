@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.target import codegen
 from tvm.tirx.script import builder as T
 
-from ..quantize import Format
+from ..quantize import Format, Plane
 from ..target import Machine
 
 Vector = Any  # an expression of a vector type
@@ -56,17 +56,28 @@ class Dot:
 
     def unpack(self, words: Sequence[Vector]) -> list[Vector]:
         """The vectors of codes, in the order of the activations' words, of the packed vectors of a group."""
-        form, lanes = self.form, self.lanes
-        if form.parts == 1:
-            return list(words)
-        mask = _constant((2**form.bits - 1) * 0x01010101, f"int32x{lanes}")
-        codes = []
-        for word in words:
-            bits = _as(f"int32x{lanes}", word)
-            for part in range(form.parts):
-                shifted = bits if part == 0 else bits >> _constant(part * form.bits, f"int32x{lanes}")
-                codes.append(_as(f"uint8x{4 * lanes}", shifted & mask))
+        codes: list[Vector] = []
+        for plane in self.form.planes:
+            count = self.form.group // (4 * plane.parts)
+            found = self._parts(words[:count], plane)
+            words = words[count:]
+            codes = [low | high for low, high in zip(codes, found, strict=True)] if codes else found
         return codes
+
+    def _parts(self, words: Sequence[Vector], plane: Plane) -> list[Vector]:
+        """The bits of a plane, where they stand in a code, of each word of activations."""
+        if plane.parts == 1:
+            return list(words)
+        kind = f"int32x{self.lanes}"
+        mask = _constant((2**plane.bits - 1) * 0x01010101, kind)
+        found = []
+        for word in words:
+            bits = _as(kind, word)
+            for part in range(plane.parts):
+                each = (bits if part == 0 else bits >> _constant(part * plane.bits, kind)) & mask
+                each = each << _constant(plane.shift, kind) if plane.shift else each
+                found.append(_as(f"uint8x{4 * self.lanes}", each))
+        return found
 
     def product(self, weights: Sequence[Vector], words: Sequence[Vector], start: Vector) -> Vector:
         """int32: `start` plus the sum over a group of decoded weights by words of activations, int32 each."""
@@ -86,7 +97,7 @@ class Dot:
     def _maddubs(self, weights: Sequence[Vector], words: Sequence[Vector]) -> Vector:
         """Sums of pairs saturate at 16 bits, so codes of more than 4 bits enter in two halves."""
         lanes = self.lanes
-        wide = self.form.bits == 8 or self.form.levels is not None
+        wide = self.form.bits > 4 or self.form.levels is not None
         halves = (_low, _high) if wide else (lambda each: each,)
         sums = []
         for half in halves:

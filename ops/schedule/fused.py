@@ -21,7 +21,7 @@ from tvm.tirx.script import builder as T
 
 from .. import target
 from ..errors import KernelError
-from ..quantize import FORMATS
+from ..quantize import KNOWN
 from ..spec import DTYPES
 from . import cpu, gemm, quantized
 from .vector import i64
@@ -192,7 +192,7 @@ class Parts:
         blocks = [Block(each) for each in _nests(function)]
         inside, outside = ([b for b in blocks if (b.product is not None) == chosen] for chosen in (True, False))
         self.x, self.weight, self.sums = self._product(inside, outside)
-        self.form = FORMATS.get(inside[0].product or "")
+        self.form = KNOWN.get(inside[0].product or "")
         self.before: list[Block] = []
         wanted = {self.x}
         for each in reversed(outside):

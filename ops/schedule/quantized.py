@@ -159,26 +159,31 @@ class Record:
 
     def __init__(self, p: Product, dot: Dot, index: Any):
         form, lanes = p.form, p.lanes
-        size = 4 * lanes
-        count = form.group // (4 * form.parts)
-        start = held(index * form.record(lanes))
+        size, factors = 4 * lanes, None
+        if form.shared == 1:
+            start = held(index * form.record(lanes))
+        else:
+            block, group = held(index // p.groups * form.block(p.groups, lanes)), held(index % p.groups)
+            start, factors = held(block + form.start(group, lanes)), held(block + form.factor(group, lanes))
         if p.high != 1:  # one token's loads come so fast that the processor runs ahead by itself, and does it better
             for line in range(0, form.record(lanes), LINE):
                 vector.prefetch(p.weight, [start + i64(AHEAD + line)])
-        words = [held(p.weight.vload([start + i64(size * i)], f"uint8x{size}")) for i in range(count)]
+        words = [held(p.weight.vload([start + i64(at)], f"uint8x{size}")) for at in range(0, form.codes(lanes), size)]
         self.weights = [held(dot.decode(each)) for each in dot.unpack(words)]
-        bytes_a_scale = np.dtype(form.scale).itemsize
-        scales = [
-            held(_floats(p.weight, start + i64(size * count + lanes * bytes_a_scale * i), form.scale, lanes))
-            for i in range(1 + form.minimum)
-        ]
+        scales = []
+        for which in range(1 + form.minimum):
+            at = form.codes(lanes) + which * lanes * np.dtype(form.scale).itemsize
+            scale = _floats(p.weight, start + i64(at), form.scale, lanes)
+            if factors is not None:
+                scale = _floats(p.weight, factors + i64(which * 2 * lanes), "float16", lanes) * scale
+            scales.append(held(scale))
         self.scale, self.minimum = scales[0], scales[1] if form.minimum else None
 
 
 def _floats(source: Any, start: Any, dtype: str, lanes: int) -> tirx.Expr:
-    """`lanes` floats of `dtype` from byte `start` on, as float32."""
-    raw = source.vload([start], f"uint8x{lanes * np.dtype(dtype).itemsize}")
-    return vector.widened(tirx.reinterpret(f"{dtype}x{lanes}", raw), dtype, f"x{lanes}")
+    """`lanes` numbers of `dtype` from byte `start` on, as float32."""
+    kind, raw = f"{dtype}x{lanes}", source.vload([start], f"uint8x{lanes * np.dtype(dtype).itemsize}")
+    return vector.widened(raw if dtype == "uint8" else tirx.reinterpret(kind, raw), dtype, f"x{lanes}")
 
 
 class Activations:

@@ -197,7 +197,7 @@ def test_damage_is_an_error_or_harmless(saved, seed):
         ({"model_type": "bert"}, "model_type 'bert' is not supported; supported are "),
         ({"model_type": ...}, "model_type None is not supported"),
         ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
-        ({"quantization_config": {"bits": 4}}, "the weights are quantized by another library"),
+        ({"quantization_config": {"bits": 4}}, "quant_method None is not supported; supported are awq, gptq, mlx"),
     ],
 )
 def test_a_config_is_understood_or_refused(saved, changes, expected):

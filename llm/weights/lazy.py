@@ -1,0 +1,72 @@
+"""Arrays of a checkpoint that are made when they are read, so that a model is never in memory twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+
+class Lazy:
+    """An array whose shape and dtype are known before it is made: `np.asarray` makes it, each time anew.
+
+    What models do to rearrange a checkpoint's arrays it does too, and gives another such array.
+    """
+
+    form: str | None = None  # the weight format that holds exactly these values, made by `pack`
+
+    def __init__(self, shape: Sequence[int], make: Callable[[], np.ndarray], dtype: Any = "float32"):
+        self.shape, self.dtype, self._make = tuple(shape), np.dtype(dtype), make
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def T(self) -> Lazy:
+        return changed(self, self.shape[::-1], np.transpose)
+
+    def __getitem__(self, index: Any) -> Lazy:
+        shape = np.broadcast_to(np.False_, self.shape)[index].shape
+        return changed(self, shape, lambda array: array[index])
+
+    def reshape(self, *shape: int) -> Lazy:
+        known = prod(each for each in shape if each != -1)
+        full = tuple(self.size // max(known, 1) if each == -1 else each for each in shape)
+        if prod(full) != self.size:
+            raise ValueError(f"cannot reshape an array of shape {self.shape} into {shape}")
+        return changed(self, full, lambda array: array.reshape(full))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        made = self._make()
+        assert made.shape == self.shape and made.dtype == self.dtype
+        return made if dtype is None else made.astype(dtype, copy=False)
+
+    def below(self, others: Sequence[Any]) -> Lazy | None:
+        """This and others, one below the other, where that can be said without making them; else None."""
+        return None
+
+    def pack(self, form: str, out: np.ndarray) -> np.ndarray:
+        """The bytes of the packed weight in `form`, which is `self.form`, into `out`: no float is rounded."""
+        raise NotImplementedError
+
+
+def concatenated(arrays: Sequence[Any]) -> Any:
+    """The arrays one below the other, made when they are read where any of them is."""
+    if not any(isinstance(each, Lazy) for each in arrays):
+        return np.concatenate(arrays)
+    if isinstance(arrays[0], Lazy) and (whole := arrays[0].below(arrays[1:])) is not None:
+        return whole
+    shape = (sum(each.shape[0] for each in arrays), *arrays[0].shape[1:])
+    return Lazy(shape, lambda: np.concatenate([np.asarray(each) for each in arrays]), arrays[0].dtype)
+
+
+def changed(array: Any, shape: Sequence[int], change: Callable[[np.ndarray], np.ndarray]) -> Lazy:
+    """`change(array)`, of `shape` and the same dtype, made when it is read."""
+    return Lazy(shape, lambda: change(np.asarray(array)), array.dtype)
