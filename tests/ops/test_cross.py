@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -28,8 +30,9 @@ def numpy_neg(lowered):
         out[:] = -x
 
     launches: list[tuple] = []
-    launch.launches = launches
-    return launch
+    launcher: Any = launch
+    launcher.launches = launches
+    return launcher
 
 
 def test_a_kernel_is_kept_for_its_device_by_the_target(cache):
