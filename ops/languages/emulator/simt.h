@@ -74,6 +74,9 @@ SIMT_HIDDEN uint64_t atomic_load(const void* address, uint32_t size, bool reads 
 SIMT_HIDDEN void atomic_store(void* address, uint32_t size, uint64_t bits);
 SIMT_HIDDEN void fence();  // memory is seen by other blocks: from here on blocks may be in step by atomics
 
+// A checked build calls it where an index of a vector has no component: it fails, with the line that called.
+SIMT_HIDDEN void outside(int64_t index, uint32_t count);
+
 [[noreturn]] SIMT_HIDDEN void fail(const char* message, const char* file, int line);
 
 inline uint32_t lane() { return here.linear % warp_size; }
