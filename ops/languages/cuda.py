@@ -117,7 +117,13 @@ class EmulatedCuda(emulator.EmulatedProgram):
 def emulated(source: Source, parameters: Sequence[Parameter], flags: Sequence[str] = ()) -> emulator.EmulatedProgram:
     """A text as a program of the CPU, whether or not NVRTC compiles it. Of NVRTC's flags, macros are heard."""
     macros = [flag for flag in flags if flag.startswith(("-D", "-U"))]
-    return emulator.program("cuda.h", with_dynamic(source), parameters, options=macros)
+    try:
+        return emulator.program("cuda.h", with_dynamic(source), parameters, options=macros)
+    except SourceError as error:
+        assembly = re.search(r"\b(asm|__asm__)\b", signature.blanked(source.text))
+        if assembly and "Assembler messages" in str(error):
+            raise source.complaint(assembly.start(), "PTX runs on a GPU only") from None
+        raise
 
 
 def prelude(text: str) -> str:

@@ -310,13 +310,14 @@ int launch(const uint32_t* l, void* const* values, const uint64_t* sizes, const 
   memcpy(own, values, k.count * sizeof(void*));
   thread_count = l[3] * l[4] * l[5], dynamic_size = l[6];
   watch_launch(own, sizes, k);
+  const bool started = !has_failed;
   
   here.grid = {l[0], l[1], l[2]}, here.block_size = {l[3], l[4], l[5]};
   for (uint32_t z = 0; z < l[2] && !has_failed; ++z)
     for (uint32_t y = 0; y < l[1] && !has_failed; ++y)
       for (uint32_t x = 0; x < l[0] && !has_failed; ++x) here.block = {x, y, z}, run_block(here.block_size);
   watch_finish();
-  if (has_failed && !strstr(limpid_error, "block ("))
+  if (has_failed && started && !strstr(limpid_error, "block ("))
     say("; block (%u,%u,%u)", here.block.x, here.block.y, here.block.z);
   if (has_failed) translate(k);
   return has_failed;

@@ -69,16 +69,17 @@ uintptr_t base;
 
 uint32_t site_of(const void* pc) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pc) - base) & place_bits; }
 
-template <class T>
-T* reserve(size_t bytes) {
+// Memory of zeros; of it only what is touched is taken. Without any the launch fails.
+void* reserve(size_t bytes) {
   void* got = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (got == MAP_FAILED) say("no memory to watch %zu bytes", bytes), abort();
-  return static_cast<T*>(got);
+  if (got != MAP_FAILED) return got;
+  if (!failed()) say("no memory for the %zu bytes that watching this launch takes", bytes), give_up();
+  return nullptr;
 }
 
 void give_cells(Region& r) {
   r.cell_bytes = (r.array.bytes / r.grain + 16) * sizeof(Cell);
-  r.cells = reserve<Cell>(r.cell_bytes);
+  r.cells = static_cast<Cell*>(reserve(r.cell_bytes));
 }
 
 // A copy of a caller's array, with room on both sides.
@@ -86,11 +87,12 @@ void guard(Region& r, const Parameter& p, void* data, uint64_t bytes) {
   size_t zone = bytes < 1 << 16 ? 1 << 16 : bytes > 1 << 24 ? 1 << 24 : (bytes + 4095) & ~uint64_t{4095};
   r = {};
   r.reserved = 2 * zone + ((bytes + 4095) & ~uint64_t{4095});
-  r.given = data, r.mapped = reserve<void>(r.reserved), r.written = p.written;
+  r.given = data, r.mapped = reserve(r.reserved), r.written = p.written;
   r.low = reinterpret_cast<uintptr_t>(r.mapped), r.high = r.low + r.reserved;
   r.grain = p.element ? p.element : 1;
   r.array = {{}, r.low + zone, bytes, r.grain};
   snprintf(r.array.name, sizeof r.array.name, "%s", p.name);
+  if (!r.mapped) return;
   memcpy(reinterpret_cast<void*>(r.array.begin), data, bytes);
   if (p.written) give_cells(r);
 }

@@ -217,7 +217,15 @@ def test_a_gpu_that_is_not_there():
     assert Cuda().compile(source(text, "silu_mul"), parsed(text, "silu_mul")).emulated
 
 
-def test_what_only_a_gpu_runs():
+def test_headers_that_only_a_gpu_has(without_nvrtc):
     text = '#include <cooperative_groups.h>\nextern "C" __global__ void k(float* x) { x[0] = 1; }'
     with pytest.raises(SourceError, match=r"the emulator has no cooperative_groups\.h: its kernels run on a GPU only"):
         compiled(text, "k")
+
+
+def test_assembly_that_only_a_gpu_runs():
+    text = '\n__global__ void k(int* x) {\n  asm("mov.u32 %0, %%laneid;" : "=r"(x[0]));\n}'
+    with pytest.raises(SourceError) as raised:
+        compiled(text, "k")
+    said = "this compiles for a GPU, but the emulator cannot run it:\n" * nvrtc.available()
+    assert str(raised.value).startswith(f"{said}/some/where/kernels.py:102: error: PTX runs on a GPU only")
