@@ -112,6 +112,8 @@ struct packed_vec : PackedComponents<T, N> {
   using PackedComponents<T, N>::data;
   packed_vec() = default;
   METAL packed_vec(const vec<T, N>& v) { *this = v; }
+  template <class S, class = typename scalar<S>::type>
+  METAL packed_vec(S value) : packed_vec(vec<T, N>(value)) {}
   template <class A, class B, class... Rest>
   METAL packed_vec(A a, B b, Rest... rest) : packed_vec(vec<T, N>(a, b, rest...)) {}
   METAL packed_vec& operator=(const vec<T, N>& v) {

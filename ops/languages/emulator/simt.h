@@ -46,6 +46,7 @@ struct Kernel {
   const Parameter* parameters;
   uint32_t count;
   uint32_t shared_limit;  // bytes of shared memory that a block may declare
+  uint32_t whole_limit;   // with the dynamic ones
   const char* barrier;    // what the language calls a barrier of a block
   const char* const* words;  // pairs, and nullptr: a word or two of CUDA's, what the language says instead
 };
