@@ -147,6 +147,7 @@ class Metal(Language):
             parameters,
             f"{before}{source.entry}({given});",
             _SHARED,
+            _SHARED,
             "threadgroup_barrier()",
             {"dynamic shared memory": shared} | _WORDS,
             (*_OPTIONS, *self.options.flags),

@@ -90,6 +90,7 @@ def program(
     parameters: Sequence[Parameter],
     call: str | None = None,
     shared_limit: int = 48 << 10,
+    whole_limit: int = 227 << 10,
     barrier: str = "__syncthreads()",
     words: Mapping[str, str] | None = None,
     options: Sequence[str] = (),
@@ -98,11 +99,12 @@ def program(
 
     `call` is the C++ statement that calls the kernel for the running thread, with `void* const* values`: of an array
     its data, of a number where it is kept; by default the kernel gets the parameters. `shared_limit`: bytes of shared
-    memory that a block may declare. `words`: what the language calls what messages call "block", "warp" and the like;
+    memory that a block may declare, `whole_limit`: that it may have, with those of the launch.
+    `words`: what the language calls what messages call "block", "warp" and the like;
     the first that fits is taken. `options` are the compiler's. Raises SourceError with the user's own file and line.
     """
     called = call or _call(source.entry, parameters)
-    text = _translated(header, source, parameters, called, shared_limit, barrier, words or {})
+    text = _translated(header, source, parameters, called, (shared_limit, whole_limit), barrier, words or {})
     flags = (*_FLAGS, *_WATCHED, *_UNLINKED, *options)
     checked: Future[Path] = compiling.submit(lambda: native.build(text, "c++", flags, [_runtime(True)]))
     try:
@@ -131,7 +133,7 @@ def _translated(
     source: Source,
     parameters: Sequence[Parameter],
     call: str,
-    shared_limit: int,
+    limits: tuple[int, int],
     barrier: str,
     words: Mapping[str, str],
 ) -> str:
@@ -156,7 +158,8 @@ extern "C" __attribute__((visibility("default")))
 int limpid_launch(const uint32_t* launch, void* const* values, const uint64_t* sizes) {{
   static const char* const words[] = {{{said}nullptr}};
   static const simt::Kernel limpid_kernel = {{
-      "{source.entry}", limpid_entry, limpid_parameters, {len(parameters)}, {shared_limit}, "{barrier}", words}};
+      "{source.entry}", limpid_entry, limpid_parameters, {len(parameters)},
+      {limits[0]}, {limits[1]}, "{barrier}", words}};
   return simt::launch(launch, values, sizes, limpid_kernel);
 }}
 """

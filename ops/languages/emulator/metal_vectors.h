@@ -23,6 +23,14 @@ template <class T> struct scalar : simt::only_if<is_scalar<T>::value, T> {};
 
 template <class T, int N> struct vec;
 
+METAL int inside(int i, int count) {
+#ifdef __SANITIZE_THREAD__  // a checked build
+  if (i < 0 || i >= count) simt::outside(i, static_cast<uint32_t>(count));
+#endif
+  (void)count;
+  return i;
+}
+
 // v.xy: components I... of a vector of N, in its own memory.
 template <class T, int N, int... I>
 struct Swizzle {
@@ -104,6 +112,8 @@ struct packed_vec : PackedComponents<T, N> {
   using PackedComponents<T, N>::data;
   packed_vec() = default;
   METAL packed_vec(const vec<T, N>& v) { *this = v; }
+  template <class S, class = typename scalar<S>::type>
+  METAL packed_vec(S value) : packed_vec(vec<T, N>(value)) {}
   template <class A, class B, class... Rest>
   METAL packed_vec(A a, B b, Rest... rest) : packed_vec(vec<T, N>(a, b, rest...)) {}
   METAL packed_vec& operator=(const vec<T, N>& v) {
@@ -115,8 +125,8 @@ struct packed_vec : PackedComponents<T, N> {
     for (int i = 0; i < N; ++i) made.data[i] = data[i];
     return made;
   }
-  METAL T& operator[](int i) { return data[i]; }
-  METAL const T& operator[](int i) const { return data[i]; }
+  METAL T& operator[](int i) { return data[inside(i, N)]; }
+  METAL const T& operator[](int i) const { return data[inside(i, N)]; }
 };
 
 // vector_of<A>::type: the vector that A is or stands for; none where A is a number or something else.
@@ -164,8 +174,8 @@ struct alignas(sizeof(T) * (N == 3 ? 4 : N)) vec : Components<T, N> {
     for (int i = 0; i < N; ++i) data[i] = other.data[i];
     return *this;
   }
-  METAL T& operator[](int i) { return data[i]; }
-  METAL const T& operator[](int i) const { return data[i]; }
+  METAL T& operator[](int i) { return data[inside(i, N)]; }
+  METAL const T& operator[](int i) const { return data[inside(i, N)]; }
 
  private:
   template <class A>

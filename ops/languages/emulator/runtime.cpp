@@ -259,9 +259,9 @@ bool refused(const uint32_t* l) {
   else if (declared > kernel->shared_limit)
     say("%s declares %llu bytes of shared memory; a block may declare %u", kernel->name,
         static_cast<unsigned long long>(declared), kernel->shared_limit);
-  else if (declared + l[6] > dynamic_limit)
-    say("%u bytes of dynamic shared memory and %llu declared are more than the %zu that a block may have", l[6],
-        static_cast<unsigned long long>(declared), dynamic_limit);
+  else if (declared + l[6] > kernel->whole_limit)
+    say("%u bytes of dynamic shared memory and %llu declared are more than the %u that a block may have", l[6],
+        static_cast<unsigned long long>(declared), kernel->whole_limit);
   else if (!prepare(static_cast<uint32_t>(count)))
     say("no memory for the stacks of %u threads", static_cast<uint32_t>(count));
   else return false;

@@ -46,6 +46,7 @@ struct Kernel {
   const Parameter* parameters;
   uint32_t count;
   uint32_t shared_limit;  // bytes of shared memory that a block may declare
+  uint32_t whole_limit;   // with the dynamic ones
   const char* barrier;    // what the language calls a barrier of a block
   const char* const* words;  // pairs, and nullptr: a word or two of CUDA's, what the language says instead
 };
@@ -73,6 +74,9 @@ SIMT_HIDDEN uint32_t live_lanes();  // of the running thread's warp
 SIMT_HIDDEN uint64_t atomic_load(const void* address, uint32_t size, bool reads = true);
 SIMT_HIDDEN void atomic_store(void* address, uint32_t size, uint64_t bits);
 SIMT_HIDDEN void fence();  // memory is seen by other blocks: from here on blocks may be in step by atomics
+
+// A checked build calls it where an index of a vector has no component: it fails, with the line that called.
+SIMT_HIDDEN void outside(int64_t index, uint32_t count);
 
 [[noreturn]] SIMT_HIDDEN void fail(const char* message, const char* file, int line);
 

@@ -314,6 +314,12 @@ void watch_pause(const Thread* t) {
 
 void watch_fence() { fenced = true; }
 
+void outside(int64_t index, uint32_t count) {
+  if (!running) return;
+  say("index %lld out of bounds of a vector of %u; ", static_cast<long long>(index), count);
+  say_where(*running, site_of(__builtin_return_address(0))), end_thread();
+}
+
 void watch_atomic(const void* address, uint32_t size, const void* pc, bool reads) {
   access(reinterpret_cast<uintptr_t>(address), size, true, site_of(pc) | atomic_bit | (reads ? 0 : store_bit));
 }

@@ -296,3 +296,41 @@ kernel void k(device int* out, uint i [[thread_index_in_threadgroup]]) {
         LaunchError, match=r"threadgroup memory part\[32\] is read before|race on threadgroup memory part"
     ):
         run(compiled(text.replace("MASK", "32"), "k").watched(), {"out": out}, Launch((1, 1, 1), (64, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("float4 v = 1.0; int k = i;\n v[3] = 2; out[i] = v[k - 1];",
+         r"index -1 out of bounds of a vector of 4; threadgroup \(0,0,0\), thread \(0,0,0\), kernels\.py:103"),
+        ("packed_float3 p = 2;\n out[i] = p[i];", r"index 3 out of bounds of a vector of 3; .* kernels\.py:103"),
+        ("float a[4]; for (uint j = 0; j <= 4; ++j) a[j] = j;\n out[i] = a[i % 4];",
+         r"index 4 out of bounds of an array"),
+        ("threadgroup float big[9000];\n big[i] = 0; out[i] = big[i];",
+         r"k declares 36000 bytes of threadgroup memory; a threadgroup may declare 32768"),
+        ("\n((device float4*)(out + 1))[0] = 3;", r"misaligned address: a 'struct float4' must .*, kernels\.py:103"),
+        ("while (true) out[i] += 1;", r"no end: "),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_named(body: str, said: str):
+    text = f"""using namespace metal;
+    kernel void k(device float* out, uint i [[thread_position_in_grid]]) {{
+      {body}
+    }}"""
+    with pytest.raises(LaunchError, match=said):
+        run(compiled(text, "k").watched(), {"out": np.zeros(32, "float32")}, Launch((1, 1, 1), (32, 1, 1)))
+
+
+def test_threadgroup_memory_ends_at_32_kb():
+    text = """using namespace metal;
+kernel void k(device float* out, threadgroup float* part [[threadgroup(0)]], uint i [[thread_position_in_grid]]) {
+  threadgroup float more[1024];
+  part[i] = i; more[i] = 1;
+  out[i] = part[i] + more[i];
+}"""
+    program, out = compiled(text, "k"), np.zeros(8, "float32")
+    run(program, {"out": out}, Launch((1, 1, 1), (8, 1, 1), 28 << 10))
+    assert out.tolist() == [*range(1, 9)]
+    said = "28673 bytes of part and 4096 declared are more than the 32768 that a threadgroup may have"
+    with pytest.raises(LaunchError, match=said):
+        run(program, {"out": out}, Launch((1, 1, 1), (8, 1, 1), (28 << 10) + 1))
