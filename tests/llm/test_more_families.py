@@ -1,11 +1,8 @@
-"""Families whose layout is not Llama's: what is left out is seen, what is saved comes back, configs are understood."""
+"""Families whose layout is not Llama's: what is saved comes back, configs are understood, MXFP4, packed experts."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,171 +20,10 @@ from llm.models import architecture
 from llm.weights.mxfp4 import read_mxfp4
 from llm.weights.safetensors import read_file, write_file
 from tests import parity
+from tests.llm.full import FULL, SEED, error, made, needs_the_extra, stored
 from tests.llm.small import addresses
 
-# One draw for all tests of a run, that models are made once; LIMPID_TEST_SEED repeats one.
-SEED = int(os.environ.get("LIMPID_TEST_SEED", secrets.randbits(32))) % 2**31
 CONFIGS = Path(__file__).resolve().parents[2] / "../shared/data/configs"
-
-# The case of a family in which most is switched on.
-FULL = {
-    "gpt2": "gpt2, scaled by layer, upcast, untied",
-    "gpt_neox": "gpt_neox, no attention biases, all rotates, yarn",
-    "phi": "phi, norms of queries and keys, a quarter rotates",
-    "stablelm": "stablelm, parallel, biases, head norms, tied",
-    "olmo2": "olmo2, biases, tied, MHA, yarn",
-    "mixtral": "mixtral, window 8, one expert, head_dim 24, tied",
-    "qwen3_moe": "qwen3_moe, normalised, every second, window 8",
-    "gpt_oss": "gpt_oss, yarn, window 8, sinks",
-    "deepseek_v2": "deepseek_v2, groups, yarn with mscale, tied",
-    "deepseek_v3": "deepseek_v3, groups, yarn with mscale",
-    "rwkv": "rwkv, halved every 2 layers",
-}
-
-
-def needs_the_extra() -> None:
-    print(f"LIMPID_TEST_SEED={SEED}")
-    for name in ("torch", "transformers"):
-        pytest.importorskip(name, reason="the parity extra is not installed: pip install -e '.[parity]'")
-
-
-@cache
-def made(family: str, seed: int) -> tuple[Any, np.ndarray]:
-    """transformers' model of the family's full case, and the ids to try it with."""
-    case = next(each for each in parity.CASES if each.name == FULL[family])
-    theirs = parity._reference(case, seed)
-    return theirs, np.random.default_rng(seed).integers(0, theirs.config.vocab_size, parity.PROMPT + parity.STEPS)
-
-
-def stored(theirs: Any, path: Path) -> Path:
-    theirs.save_pretrained(path)
-    return path
-
-
-@cache
-def expected(family: str, seed: int) -> np.ndarray:
-    """Its logits."""
-    return parity._theirs(*made(family, seed))
-
-
-def error(ours: Any, ids: np.ndarray, wanted: np.ndarray, steps: int = parity.STEPS) -> float:
-    """Of logits over the prompt and some single steps."""
-    count = parity.PROMPT + steps
-    return parity._relative(parity.logits(ours, ids[:count], [parity.PROMPT] + [1] * steps), wanted[:count])
-
-
-def zeros(first: Any, *_: Any, **__: Any) -> Any:
-    return np.zeros_like(first)
-
-
-def still(x: Any, *_: Any, **__: Any) -> Any:
-    """Rotates nothing."""
-    return x
-
-
-def attention(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
-    return ops.attention.reference(q, k, v, positions, sinks, scale=scale, window=window, softcap=softcap)
-
-
-def no_sinks(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
-    return attention(q, k, v, positions, scale=scale, window=window)
-
-
-def no_window(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
-    return attention(q, k, v, positions, sinks, scale=scale)
-
-
-def no_scale(q, k, v, positions, sinks=None, *, scale, window=None, softcap=None):
-    return attention(q, k, v, positions, sinks, scale=q.shape[-1] ** -0.5, window=window)
-
-
-def no_norm(x, weight, bias=None, **_):
-    return x
-
-
-def first_experts(logits, bias=None, **options):
-    weights, ids = ops.route.reference(logits, bias, **options)
-    return weights, np.broadcast_to(np.arange(ids.shape[1], dtype="int32"), ids.shape)
-
-
-def route_without(**changes: Any) -> Any:
-    return lambda logits, bias=None, **options: ops.route.reference(logits, bias, **(options | changes))
-
-
-def no_bias(logits, bias=None, **options):
-    return ops.route.reference(logits, **options)
-
-
-def no_limit(gate, up, *, alpha, limit):
-    return ops.clamped_swiglu.reference(gate, up, alpha=alpha, limit=1e6)
-
-
-def no_alpha(gate, up, *, alpha, limit):
-    return ops.clamped_swiglu.reference(gate, up, alpha=1.0, limit=limit)
-
-
-def pairs_apart(x, positions, frequencies, *, interleaved=False, scale=1.0):
-    return ops.rope.reference(x, positions, frequencies, interleaved=not interleaved, scale=scale)
-
-
-def no_memory(key, value, decay, first, state):
-    return ops.wkv.reference(key, value, decay, first, np.stack([state[0] * 0, state[1] * 0, state[2] * 0 - 1e30]))
-
-
-def no_shift(x, before, mix):
-    return x
-
-
-LEFT_OUT: list[tuple[str, str, Any, Any]] = [
-    ("gpt2", "attention", ops.attention, zeros),
-    ("gpt2", "scale by layer", ops.attention, no_scale),
-    ("gpt2", "gelu", ops.gelu, zeros),
-    ("gpt2", "norms", ops.layer_norm, no_norm),
-    ("gpt_neox", "rope", ops.rope, still),
-    ("gpt_neox", "gelu", ops.gelu, zeros),
-    ("phi", "rope", ops.rope, still),
-    ("phi", "gelu", ops.gelu, zeros),
-    ("phi", "norms", ops.layer_norm, no_norm),
-    ("stablelm", "rope", ops.rope, still),
-    ("stablelm", "mlp", ops.silu_mul, zeros),
-    ("stablelm", "weights of head norms", ops.mul_row, lambda x, y: x),
-    ("olmo2", "rope", ops.rope, still),
-    ("olmo2", "mlp", ops.silu_mul, zeros),
-    ("olmo2", "norms", ops.rms_norm, no_norm),
-    ("mixtral", "choice", ops.route, first_experts),
-    ("mixtral", "window", ops.attention, no_window),
-    ("mixtral", "rope", ops.rope, still),
-    ("qwen3_moe", "choice", ops.route, first_experts),
-    ("qwen3_moe", "normalising", ops.route, route_without(normalise=False)),
-    ("qwen3_moe", "window", ops.attention, no_window),
-    ("gpt_oss", "choice", ops.route, first_experts),
-    ("gpt_oss", "sinks", ops.attention, no_sinks),
-    ("gpt_oss", "window", ops.attention, no_window),
-    ("gpt_oss", "limit", ops.clamped_swiglu, no_limit),
-    ("gpt_oss", "alpha", ops.clamped_swiglu, no_alpha),
-    ("deepseek_v2", "groups", ops.route, route_without(groups=1, kept=1)),
-    ("deepseek_v2", "scale of experts", ops.route, route_without(scale=1.0)),
-    ("deepseek_v2", "mscale", ops.attention, no_scale),
-    ("deepseek_v2", "pairs", ops.rope, pairs_apart),
-    ("deepseek_v3", "groups", ops.route, route_without(groups=1, kept=1)),
-    ("deepseek_v3", "the two best of a group", ops.route, route_without(best=1)),
-    ("deepseek_v3", "bias of the choice", ops.route, no_bias),
-    ("deepseek_v3", "normalising", ops.route, route_without(normalise=False)),
-    ("deepseek_v3", "pairs", ops.rope, pairs_apart),
-    ("rwkv", "state", ops.wkv, no_memory),
-    ("rwkv", "token before", ops.token_mix, no_shift),
-    ("rwkv", "receptance", ops.sigmoid, lambda x: np.ones_like(x)),
-]
-
-
-@pytest.mark.parametrize(("family", "part", "op", "without"), LEFT_OUT, ids=[f"{f}, {p}" for f, p, _, _ in LEFT_OUT])
-def test_a_part_that_is_left_out_is_seen(family, part, op, without, tmp_path):
-    needs_the_extra()
-    theirs, ids = made(family, SEED)
-    ours = llm.load(stored(theirs, tmp_path))
-    with op.use(without) as use:
-        assert error(ours, ids, expected(family, SEED), steps=3) > 2 * parity.BOUNDS["float32"]
-    assert use.hits
 
 
 @pytest.mark.parametrize("family", FULL)

@@ -7,7 +7,7 @@ import ops
 from tests import parity
 from tests.parity_more import MORE
 
-OTHERS = {each["name"] for each in MORE}  # tests/llm/test_more_families.py leaves parts of them out
+OTHERS = {each["name"] for each in MORE}  # tests/llm/test_left_out.py leaves parts of them out
 HALF = [case for case in parity.CASES if case.dtype == "bfloat16" and case.name not in OTHERS]
 
 
