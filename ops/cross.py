@@ -82,9 +82,17 @@ def text_of(device: tvm.IRModule, device_target: Any) -> str:
     text = text.replace("__activemask()", "0xffffffffu")
     if device_target.kind.name == "metal":
         text = _right_in_metal(text)
-    return text.replace(
-        "-2147483648i", "(-2147483647i - 1i)"
-    )  # in WGSL the sign is an operator, and the rest too large
+    return _right_in_wgsl(text) if device_target.kind.name == "webgpu" else text
+
+
+def _right_in_wgsl(text: str) -> str:
+    """What TVM writes and WGSL has not: the least int32 as a literal (its sign is an operator), and `inff`."""
+    text = text.replace("-2147483648i", "(-2147483647i - 1i)")
+    infinite = re.sub(r"\binff\b", "infinity_()", text)
+    if infinite == text:
+        return text
+    # No constant may be infinite, so it is made when the kernel runs.
+    return infinite.rstrip() + "\n\nfn infinity_() -> f32 { var bits = 0x7f800000u; return bitcast<f32>(bits); }\n"
 
 
 def _right_in_metal(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import build, intercept
 from .call import Call, Kernel, Use, uses_lock
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 class OpTools:
     """Methods of `Op`."""
 
-    def steps(self: Op) -> AbstractContextManager[None]:
-        """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
-        if self._composed is None:
-            raise OpError(f"{self.name} has no steps; it is one kernel")
-        return intercept.intercepted(Steps(self, self._composed))
+    @property
+    def _op(self) -> Op:
+        return cast("Op", self)
 
-    def use(self: Op, kernel: Any, where: Any = None) -> Use:
+    def steps(self) -> AbstractContextManager[None]:
+        """`with ops.attention.steps():` the op runs as separate calls of its steps, each seen by every tool."""
+        if self._op._composed is None:
+            raise OpError(f"{self._op.name} has no steps; it is one kernel")
+        return intercept.intercepted(Steps(self._op, self._op._composed))
+
+    def use(self, kernel: Any, where: Any = None) -> Use:
         """Use another kernel for the calls that `where` means (all, when None); the last one in use wins.
 
         `kernel`: a `Kernel`, a TIR PrimFunc over the inputs and then the outputs, or a Python function with the
@@ -37,17 +41,18 @@ class OpTools:
         """
         if not isinstance(kernel, Kernel):
             if build.is_primfunc(kernel):
-                kernel = Kernel.from_compiled(f"{self.name} (PrimFunc)", build.compiled(kernel, self.name))
+                kernel = Kernel.from_compiled(f"{self._op.name} (PrimFunc)", build.compiled(kernel, self._op.name))
             elif callable(kernel):
                 kernel = Kernel.from_python(kernel)
             else:
-                raise OpError(f"{self.name}.use takes a Kernel, a PrimFunc or a function, not {type(kernel).__name__}")
-        use = Use(self, kernel, Selector(where))
+                given = type(kernel).__name__
+                raise OpError(f"{self._op.name}.use takes a Kernel, a PrimFunc or a function, not {given}")
+        use = Use(self._op, kernel, Selector(where))
         with uses_lock:
-            self._uses = (*self._uses, use)
+            self._op._uses = (*self._op._uses, use)
         return use
 
-    def swap(self: Op, language: str, **options: Any) -> Callable[[Any], Swap]:
+    def swap(self, language: str, **options: Any) -> Callable[[Any], Swap]:
         """Decorator: replaces the op's kernel by hand-written source, for some calls or all; gives a `Swap`.
 
         `language`: "c", "c++", "cuda", "metal", "wgsl", "opencl" (the text is the function's docstring, what it
@@ -69,9 +74,9 @@ class OpTools:
         """
         from .swap import decorator
 
-        return decorator(self, language, **options)
+        return decorator(self._op, language, **options)
 
-    def eject(self: Op, language: str, *args: Any, path: Any = None, **constants: Any) -> build.Text:
+    def eject(self, language: str, *args: Any, path: Any = None, **constants: Any) -> build.Text:
         """The kernel that TVM generates for such arguments, with the decorator around it, which swaps in unchanged.
 
         `language`: "c", "tvmscript", "cuda", "metal", "wgsl" or "opencl". Gives the text, and writes it to `path`,
@@ -79,28 +84,28 @@ class OpTools:
         """
         from .eject import eject
 
-        return eject(self, language, args, constants, path)
+        return eject(self._op, language, args, constants, path)
 
-    def race(self: Op, *args: Any, **constants: Any) -> Race:
+    def race(self, *args: Any, **constants: Any) -> Race:
         """All known kernels of the op on these arguments: time, share of what the machine can do, error. A table."""
         from .race import race
 
-        bound, full = self._bound(args, constants)
-        return race(Call(self, bound, full, current.get(), 0))
+        bound, full = self._op._bound(args, constants)
+        return race(Call(self._op, bound, full, current.get(), 0))
 
     @property
-    def swaps(self: Op) -> Table:
+    def swaps(self) -> Table:
         """The swaps of this op, the first to be asked at the top."""
         from .swap import Swap, table
 
-        return table([use for use in self._uses if isinstance(use, Swap)])
+        return table([use for use in self._op._uses if isinstance(use, Swap)])
 
-    def tir(self: Op, *args: Any, **constants: Any) -> build.Text:
+    def tir(self, *args: Any, **constants: Any) -> build.Text:
         """The TVMScript of the op's block definition at these arguments' shapes."""
-        return build.tir(self._request(args, constants))
+        return build.tir(self._op._request(args, constants))
 
-    def source(self: Op, language: str, *args: Any, **constants: Any) -> build.Text:
+    def source(self, language: str, *args: Any, **constants: Any) -> build.Text:
         """Generated code for these arguments' shapes, in one of `ops.source.LANGUAGES`; needs no GPU."""
         from .source import source
 
-        return source(self._request(args, constants), language)
+        return source(self._op._request(args, constants), language)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,23 +35,12 @@ class Launches:
     def program(self, name: str, text: str) -> tuple[tuple[Parameter, ...], Program]:
         """A kernel's parameters and its compiled program."""
         if (name, text) not in self._programs:
-            right = mended(text) if self._language.name == "wgsl" else text
-            source = Source(right, name, f"<{self._language.name} of {name}>", 1)
+            source = Source(text, name, f"<{self._language.name} of {name}>", 1)
             parameters = self._language.parse(source)
             if parameters is None:
                 raise KernelError(f"the generated source has no kernel {name}")
             self._programs[name, text] = parameters, self._language.compile(source, parameters)
         return self._programs[name, text]
-
-
-def mended(text: str) -> str:
-    """WGSL as TVM writes it, less what WGSL has not: the least int32 as a literal (its sign is an operator), `inff`."""
-    text = text.replace("-2147483648i", "(-2147483647i - 1i)")
-    infinite = re.sub(r"\binff\b", "infinity_()", text)
-    if infinite == text:
-        return text
-    # No constant may be infinite, so it is made when the kernel runs.
-    return infinite.rstrip() + "\n\nfn infinity_() -> f32 { var bits = 0x7f800000u; return bitcast<f32>(bits); }\n"
 
 
 def launcher(lowered: Any) -> Launches:

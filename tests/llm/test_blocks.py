@@ -3,13 +3,13 @@
 import gguf
 import numpy as np
 import pytest
-from debug.tolerance import KERNEL, relative_error
 
 import ops
 from llm.weights.blocks import QUANTIZED, Blocks, Kind, nbytes, row_bytes
 from llm.weights.lazy import Lazy, concatenated
 from ops import quantize, target
 from ops.quantize import KNOWN
+from ops.tolerance import KERNEL, relative_error
 from tests.ops.harness import check, random
 from tests.ops.test_quantize import compiled, reference
 

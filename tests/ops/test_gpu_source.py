@@ -16,6 +16,7 @@ from ops.spec import FLOATS
 
 from . import harness, pocl
 
+pytestmark = pytest.mark.gpu
 OPS = sorted(name for name, each in registry.items() if each.__module__.startswith("ops."))
 
 

@@ -192,6 +192,14 @@ def test_restore_tells_what_was_there(x):
     assert listing.column("hits") == [1] and not toy_double._uses and len(toy_double.swaps) == 0
 
 
+def imported(file):
+    spec = importlib.util.spec_from_file_location("kernels", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 FILE = """
 import ops
 from tests.ops.toys import toy_double
@@ -205,8 +213,7 @@ def edited(x):
 def test_an_edited_file_replaces_the_kernel(x, tmp_path):
     file = tmp_path / "kernels.py"
     file.write_text(FILE.format("x + x"))
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("kernels", file))
-    spec.loader.exec_module(module)
+    module = imported(file)
     swap = module.edited
     toy_double(x)
     old = swap.kernel
@@ -230,8 +237,7 @@ def test_an_edited_file_replaces_the_kernel(x, tmp_path):
 def test_a_file_is_looked_at_while_the_program_runs(x, tmp_path):
     file = tmp_path / "kernels.py"
     file.write_text(FILE.format("x + x"))
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("kernels", file))
-    spec.loader.exec_module(module)
+    module = imported(file)
     toy_double(x)
     before = module.edited.kernel
     file.write_text(FILE.format("x * 2"))

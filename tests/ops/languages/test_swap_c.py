@@ -3,6 +3,7 @@
 import re
 import time
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def restored():
     ops.restore()
 
 
-def swapped(text, op=ops.rms_norm, name="block_norm", language="c", **options):
+def swapped(text, op: Any = ops.rms_norm, name="block_norm", language="c", **options):
     def kernel():
         return text
 
