@@ -87,9 +87,7 @@ def _load_directory(path: Path, dtype: str | None, weights: str | None, progress
     raw, tensors = unquantized(_read_config(path / "config.json"), read_directory(path))
     _check_counts(raw, tensors)
     model = build(raw, dtype or _stored_dtype(tensors), weights)
-    if weights is None:
-        _hold_as_stored(model, tensors)
-    _fill(model, tensors, checkpoint_files(path), progress)
+    _fill(model, tensors, checkpoint_files(path), progress, as_stored=weights is None)
     if (path / "tokenizer.json").exists():
         model.tokenizer = Tokenizer.from_directory(path)
         model.tokenizer.check_fits(model.config.vocab_size)
@@ -125,9 +123,7 @@ def _load_gguf(path: Path, dtype: str | None, weights: str | None, progress: boo
     raw, tensors = translate(given)
     _check_counts(raw, tensors)
     model = build(raw, dtype or _stored_dtype(tensors), weights)
-    if weights is None:
-        _hold_as_stored(model, tensors)
-    _fill(model, tensors, given.files, progress)
+    _fill(model, tensors, given.files, progress, as_stored=weights is None)
     if given.metadata.get("tokenizer.ggml.model", "no_vocab") not in ("no_vocab", "none"):
         model.tokenizer = from_metadata(given.metadata, path)
         model.tokenizer.check_fits(model.config.vocab_size)
@@ -138,7 +134,7 @@ def _hold_as_stored(model: Model, tensors: Mapping[str, Any]) -> None:
     """Matrices whose numbers a packed format holds exactly take that format."""
     forms = {name.removeprefix(model.base): getattr(array, "form", None) for name, array in tensors.items()}
     for name, spec in list(model.parameters()):
-        if spec.ndim == 2 and (form := forms.get(name)):
+        if spec.ndim == 2 and (form := forms.get(name)) and not name.endswith(model.kept or ("\0",)):
             model.set_parameter(name, Spec(spec.shape, form))
             model.cache_dtype = "float16"
 
@@ -182,8 +178,12 @@ def _stored_dtype(tensors: dict[str, Any]) -> str:
     return known[0]
 
 
-def _fill(model: Model, tensors: dict[str, Any], files: list[Path], progress: bool) -> None:
+def _fill(
+    model: Model, tensors: dict[str, Any], files: list[Path], progress: bool, as_stored: bool = False
+) -> None:  # fmt: skip
     tensors = dict(model.from_checkpoint(tensors))
+    if as_stored:
+        _hold_as_stored(model, tensors)
     tied = tuple(f"{head}.weight" for head in model.heads) if model.config.tie_word_embeddings else ()
     unknown = {name: a.dtype.name for name, a in tensors.items() if a.dtype not in [DTYPES[each] for each in FLOATS]}
     unknown = {name: kind for name, kind in unknown.items() if kind != "float64" and not name.endswith(model.ignored)}
