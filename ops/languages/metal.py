@@ -110,7 +110,8 @@ class Metal(Language):
     """Metal on the CPU, emulated: on no machine does Limpid hand a text to Apple's compiler yet.
 
     `Options.flags` are the C++ compiler's. The emulator's simdgroups are of 32 lanes, all of which must come to what
-    they do together; simdgroup matrices and textures are not there.
+    they do together. Matrices and textures are not there, nor functions that differ in their address spaces only;
+    `c ? h : 0.0f` of a half and a float wants a float(h).
     """
 
     name: ClassVar[str] = "metal"
@@ -141,7 +142,7 @@ class Metal(Language):
         before = "".join(each.before for each in arguments)
         given = ", ".join(each.given for each in arguments)
         shared = next((each.shared for each in arguments if each.shared), "shared=")
-        return emulator.program(
+        made = emulator.program(
             "metal.h",
             _translated(source),
             parameters,
@@ -152,6 +153,8 @@ class Metal(Language):
             {"dynamic shared memory": shared} | _WORDS,
             (*_OPTIONS, *self.options.flags),
         )
+        made.note = "emulated on the CPU; no Metal compiler has seen it"
+        return made
 
     def _entry(self, source: Source) -> signature.Function | None:
         marked = source.text.replace("[[kernel]]", "kernel    ")

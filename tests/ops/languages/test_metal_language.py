@@ -228,3 +228,4 @@ def test_what_a_program_says_of_itself():
     program = compiled(RMS_NORM.in_dtype("float32"), "rms_norm")
     assert isinstance(program, EmulatedProgram)
     assert "limpid_launch" in program.sources()["asm"]
+    assert program.note == "emulated on the CPU; no Metal compiler has seen it"
