@@ -66,7 +66,7 @@ class _Doctor:
             "kernels": self._check_kernels,
             "reads": self._check_reads,
         }
-        for name, stage in stages.items():
+        for name, stage in tracked(stages.items(), f"Looking at {', '.join(stages)}", len(stages)):
             if self.found.ok:
                 self._take(name, stage)
         return self.found
