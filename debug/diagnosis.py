@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import ops
+from ops.progress import tracked
 
 from .comparison import definition_values, label_of, values_of
 from .examination import Examination, cuts, feed
