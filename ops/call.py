@@ -142,6 +142,10 @@ class Kernel:
         """Whether the kernel is made for sizes like the call's."""
         return True
 
+    def sources(self) -> dict[str, str]:
+        """What it is written in and what was made of that, by the name of the language; nothing where that is lost."""
+        return {}
+
     @classmethod
     def from_python(cls, function: Callable) -> Kernel:
         """A kernel from a function with the signature of the op's reference: NumPy arrays in, arrays out.

@@ -36,6 +36,7 @@ from .errors import KernelError, OpError, SelectorError, SwapRefused, SwapWarnin
 from .languages.base import LaunchError, Options, SourceError
 from .languages.kernel import Shape, SourceKernel
 from .languages.source import Origin, definition, plain_function, redefined
+from .listing import Text
 from .op import Op, registry
 from .select import Selector
 from .table import Table
@@ -164,6 +165,14 @@ class Swap(Use):
             self.quarantined, self._since = {}, self.hits
             self.seconds, self.timed = 0.0, 0
             return True
+
+    def source(self, language: str | None = None) -> Text:
+        """The kernel's own text, or what was made of it in another `language`: "asm", "ptx", "sass", "tvmscript"."""
+        known = self.kernel.sources() or {self.recipe.language: self._text or ""}
+        wanted = self.recipe.language if language is None else language
+        if wanted not in known:
+            raise OpError(f"{self.name} has no source in {wanted!r}, it has {', '.join(map(repr, known))}")
+        return Text(known[wanted], wanted)
 
     def _look(self) -> None:
         """Reload when the file has changed; a wrong text is told of once, and changes nothing."""

@@ -43,6 +43,21 @@ def swapped(text, op: Any = ops.rms_norm, name="block_norm", language="c", **opt
     return op.swap(language, **options)(kernel)
 
 
+def test_what_was_made_of_it(model):
+    swap = swapped(TEXT, where="layers.0.input_layernorm")
+    model.generate("Once", max_tokens=2)
+    assert swap.source() == TEXT and swap.source().language == "c"
+    assert "block_norm:" in swap.source("asm") and "<span" in swap.source("asm")._repr_html_()
+    with pytest.raises(ops.OpError, match="block_norm has no source in 'ptx', it has 'c', 'asm'"):
+        swap.source("ptx")
+    python = ops.silu.swap("python", where="layers.77")(silu)
+    assert python.source().startswith("def silu(x):")
+
+
+def silu(x):
+    return ops.silu.reference(x)
+
+
 @pytest.mark.parametrize("language", ["c", "c++"])
 def test_the_story_stays_the_same(model, language):
     prompt = "Once upon a time"
