@@ -17,6 +17,8 @@ from . import native
 from .base import Language, Launch, Parameter, Program, Source, Value
 from .binding import Binding, triple
 
+_KINDS = 4096  # of calls that a kernel remembers, then it starts afresh: each number of tokens is one
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -188,6 +190,8 @@ class SourceKernel(Kernel):
         ready = self._ready.get(key := _kind(call))
         if ready is None:
             compiled = self.prepare(call, outputs)
+            if len(self._ready) >= _KINDS:
+                self._ready.clear()
             ready = self._ready[key] = _Ready(compiled, self.binding, self.shape, call, outputs)
         return ready
 
