@@ -47,6 +47,10 @@ class Selector:
         known = dict.fromkeys(each for address in addresses for each in (address, address.partition("/")[0]) if each)
         return difflib.get_close_matches(self.where, known, count, 0.4)
 
+    def same(self, other: Selector) -> bool:
+        """Whether both mean the same calls, as far as that can be told: functions do when they stand in one place."""
+        return type(self) is type(other) and _same(self.where, other.where)
+
     def __repr__(self) -> str:
         return "every call" if self.where is None else repr(self.where)
 
@@ -59,6 +63,9 @@ class Inside(Selector):
         self._module, self._meant = module, self.matches
         self.matches = self._matches
 
+    def same(self, other: Selector) -> bool:
+        return isinstance(other, Inside) and self._module is other._module and _same(self.where, other.where)
+
     def _matches(self, call: Call) -> bool:
         scope = call.scope
         while scope is not None and scope.module is not self._module:
@@ -68,6 +75,12 @@ class Inside(Selector):
     def __repr__(self) -> str:
         kind = type(self._module).__name__
         return f"inside this {kind}" + ("" if self.where is None else f", {self.where!r}")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if callable(a) and callable(b) and hasattr(a, "__code__") and hasattr(b, "__code__"):
+        return a.__qualname__ == b.__qualname__ and a.__code__.co_code == b.__code__.co_code
+    return bool(a == b)
 
 
 def _compile(where: Any, anywhere: bool = False) -> Callable[[Call], bool]:

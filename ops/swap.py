@@ -28,19 +28,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from . import languages, verify
-from .call import Call, Kernel, Use, raw, uses_lock
+from .call import Call, Use, raw, uses_lock
 from .errors import KernelError, OpError, SelectorError, SwapRefused, SwapWarning
-from .languages.base import LaunchError, Options, SourceError
-from .languages.kernel import Shape, SourceKernel
+from .languages.base import Options, SourceError
+from .languages.kernel import Shape
 from .languages.source import Origin, definition, plain_function, redefined
 from .listing import Text
 from .op import Op, registry
 from .select import Selector
 from .table import Table
 from .tensor import Tensor
+from .trial import Failure, Trial, kind_of, kind_text
 
 _LOOK = 0.25  # seconds between looks at the file of a swap
 _scoped: ContextVar[frozenset[int]] = ContextVar("limpid_swaps", default=frozenset())
@@ -60,25 +59,27 @@ class Recipe:
     where: Selector
     edge_cases: bool
 
-    def kernel(self) -> tuple[Kernel, int]:
-        """The kernel, and on how many edge cases it was right. Raises SwapRefused, or what the compiler says."""
+    def trial(self, text: str | None) -> Trial:
+        """The kernel, right on the op's edge cases. Raises SwapRefused, or what the compiler says."""
         made = languages.make(
             self.language, self.op, self.origin, self.decorated, self.shape, self.dims, self.options
         )  # fmt: skip
-        return made, verify.verify(self.op, made, self.where) if self.edge_cases else 0
+        return Trial(made, verify.verify(self.op, made, self.where) if self.edge_cases else 0, text)
 
     def text(self) -> str | None:
         """What the kernel is written in, as it is now; None for what stands in no file."""
         if self.language in languages.TEXTS:
             return self.origin.read().text
-        return ast.unparse(definition(self.origin.function)[0]) if self.origin.path and self.origin.function else None
+        if self.origin.path is None or self.origin.function is None:
+            return None
+        return ast.unparse(definition(self.origin.function, self.origin.ordinal)[0])
 
     def again(self) -> Recipe:
         """The recipe with the function as its file has it now."""
         function = plain_function(self.decorated)
         if self.origin.function is None or self.language in languages.TEXTS or function is None:
             return self
-        return replace(self, decorated=redefined(function))
+        return replace(self, decorated=redefined(function, self.origin.ordinal))
 
 
 class Swap(Use):
@@ -86,30 +87,34 @@ class Swap(Use):
 
     def __init__(self, recipe: Recipe, schedule: verify.Schedule, enabled: bool):
         self.recipe, self.schedule, self.enabled = recipe, schedule, enabled
-        self.quarantined: dict[tuple, str] = {}  # why, by the specs of the call
-        self.seconds, self.timed = 0.0, 0  # in the kernel, of calls that were not checked
-        self._since = 0  # hits before the kernel that is in use now
         self._gone = ""  # why it is not in use any more
         self._reloading = threading.Lock()
         self._seen, self._looked = _modified(recipe.origin), time.monotonic()
-        self._text: str | None = None  # of what cannot be found again, such as a lambda
+        text: str | None = None  # of what cannot be found again, such as a lambda
         with contextlib.suppress(SourceError):
-            self._text = recipe.text()
-        kernel, self.checked = recipe.kernel()
-        super().__init__(recipe.op, kernel, recipe.where)
+            text = recipe.text()
+        self.trial = recipe.trial(text)
+        self._before: Trial | None = None  # until a reloaded kernel has been right once
+        super().__init__(recipe.op, self.trial.kernel, recipe.where)
 
     @property
     def name(self) -> str:
         return self.recipe.origin.entry
 
     @property
+    def checked(self) -> int:
+        """Calls that the kernel was compared with the reference in, edge cases included."""
+        return self.trial.checked
+
+    @property
     def state(self) -> str:
         """What it is doing, in a few words."""
         if self._gone or not self.enabled:
             return self._gone or "disabled"
-        if self.quarantined:
-            return f"quarantined for {', '.join(map(_shapes, self.quarantined))}"
-        return "checking" if self.hits - self._since < self.schedule.first else "in use"
+        if kinds := [*self.trial.quarantined]:
+            more = f" and {len(kinds) - 3} more" if len(kinds) > 3 else ""
+            return f"quarantined for {', '.join(map(kind_text, kinds[:3]))}{more}"
+        return "checking" if self.trial.calls < self.schedule.first else "in use"
 
     def applies(self, call: Call) -> bool:
         return (self.enabled or id(self) in _scoped.get()) and self.where.matches(call)
@@ -125,6 +130,8 @@ class Swap(Use):
     @contextlib.contextmanager
     def active(self) -> Iterator[Self]:
         """On inside the `with`, in this thread, also when it is disabled. That it is not hit there is an error."""
+        if self._gone:
+            raise OpError(f"{self!r} was {self._gone}; put it in use again")
         before = self.hits
         token = _scoped.set(_scoped.get() | {id(self)})
         try:
@@ -154,21 +161,21 @@ class Swap(Use):
 
     def reload(self) -> bool:
         """Take the text as it is now, when it differs and is right; raises what is wrong with it, and the kernel from
-        before stays in use. Gives whether the kernel is another one."""
+        before stays in use. Gives whether the kernel is another one. What stands beside the kernel, such as the
+        decorator's options, is as it was: run the file again."""
         with self._reloading:
             self._seen = _modified(self.recipe.origin)
-            if self._text is None or (text := self.recipe.text()) == self._text:
+            if self.trial.text is None or (text := self.recipe.text()) == self.trial.text:
                 return False
             recipe = self.recipe.again()
-            kernel, checked = recipe.kernel()
-            self.recipe, self.kernel, self.checked, self._text = recipe, kernel, checked, text
-            self.quarantined, self._since = {}, self.hits
-            self.seconds, self.timed = 0.0, 0
+            trial = recipe.trial(text)
+            self._before = self.trial if self.trial.right or self.trial.checked else None
+            self.recipe, self.trial, self.kernel = recipe, trial, trial.kernel
             return True
 
     def source(self, language: str | None = None) -> Text:
         """The kernel's own text, or what was made of it in another `language`: "asm", "ptx", "sass", "tvmscript"."""
-        known = self.kernel.sources() or {self.recipe.language: self._text or ""}
+        known = self.kernel.sources() or {self.recipe.language: self.trial.text or ""}
         wanted = self.recipe.language if language is None else language
         if wanted not in known:
             raise OpError(f"{self.name} has no source in {wanted!r}, it has {', '.join(map(repr, known))}")
@@ -192,40 +199,40 @@ class Swap(Use):
     def launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         self._look()
         with uses_lock:
-            number = self.hits - self._since
             self.hits += 1
-        if self.quarantined and _specs(call) in self.quarantined:
+        trial = self.trial
+        failure = trial.launch(call, outputs, self.schedule)
+        if failure is None:
+            if trial.right and trial is self.trial:
+                self._before = None
+        elif failure.known:
             own(call, outputs)
-        elif self.schedule.means(number):
-            self._launch_checked(call, outputs, number)
         else:
-            begin = time.perf_counter()
-            self.kernel.launch(call, outputs)
-            self.seconds, self.timed = self.seconds + time.perf_counter() - begin, self.timed + 1
+            self._failed(trial, failure, call, outputs)
 
-    def _launch_checked(self, call: Call, outputs: tuple[Tensor, ...], number: int) -> None:
-        before = {name: each.numpy().copy() for name, each in call.written.items()}
-        wrong: Any
-        try:
-            wrong = verify.checked(call, outputs, lambda: self.kernel.launch(call, outputs))
-        except LaunchError as error:
-            wrong = f"{verify.shown(call)}: {error}"
-        self.checked += 1
-        if wrong is None:
-            if isinstance(self.kernel, SourceKernel) and number + 1 >= self.schedule.first:
-                self.kernel.trusted = True
+    def _failed(self, trial: Trial, failure: Failure, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        """Roll back a reload, refuse a kernel that was never right, or put it in quarantine for this kind of call."""
+        if not trial.right:
+            with self._reloading:
+                before = self._before if trial is self.trial else self.trial
+                if before is not None:
+                    self.trial, self.kernel, self._before = before, before.kernel, None
+            if before is None:
+                self._leave("refused")
+                text = f"{self.name} is wrong at its first call, and was removed: {failure.what}"
+                raise SwapRefused(text) from failure.error
+            self._warn(f"{self.name} was edited, and is wrong: the kernel from before is in use again: {failure.what}")
+            if (again := before.launch(call, outputs, self.schedule)) is not None:
+                self._failed(before, again, call, outputs)
             return
-        for name, each in call.written.items():
-            np.copyto(each.numpy(), before[name])
-        if number == 0:
-            self._leave("refused")
-            raise SwapRefused(f"{self.name} is wrong at its first call, and was removed: {wrong}")
-        self.quarantined[_specs(call)] = str(wrong)
-        self._warn(f"{self.name} is wrong, and {self.op.name}'s own kernel computes these shapes again: {wrong}")
-        own(call, outputs)
+        own(call, outputs)  # its error, where the call itself is wrong, says nothing of the kernel
+        trial.quarantined[kind_of(call)] = failure.what
+        self._warn(f"{self.name} is wrong, and {self.op.name}'s own kernel computes such calls again: {failure.what}")
 
     def _warn(self, text: str) -> None:
-        warnings.warn(text, SwapWarning, stacklevel=2)
+        """Each time, and with the place of the kernel's own text."""
+        place = self.recipe.origin.path or f"<{self.name}>"
+        warnings.warn_explicit(text, SwapWarning, place, self.recipe.origin.where[1], registry={})
 
     def __repr__(self) -> str:
         of = f"{self.name} ({self.recipe.language}) of {self.op.name} where {self.where}"
@@ -236,14 +243,6 @@ def own(call: Call, outputs: tuple[Tensor, ...]) -> None:
     """What the op's own kernel gives."""
     plan = call._plan or call.op.plan(call.args, call.constants)
     plan.run(*raw(call.args), *[each.buffer.data for each in outputs])
-
-
-def _specs(call: Call) -> tuple:
-    return tuple(each.spec if isinstance(each, Tensor) else type(each) for each in call.args)
-
-
-def _shapes(kind: tuple) -> str:
-    return f"({', '.join(each.__name__ if isinstance(each, type) else str(each) for each in kind)})"
 
 
 def _modified(origin: Origin) -> float | None:
@@ -263,17 +262,11 @@ def decorator(
     """See `Op.swap`."""
     languages.check_name(language)
     schedule, selector = verify.Schedule.of(check), Selector(where)
-    shape, options = Shape(grid, block, shared), Options(device, tuple(flags), sandbox)
+    shape = Shape(grid, block, shared)
+    options = Options(device, (flags,) if isinstance(flags, str) else tuple(flags), sandbox)
 
     def swap(decorated: Any) -> Swap:
-        if isinstance(decorated, Origin):
-            origin = decorated
-        else:
-            function = plain_function(decorated)
-            name = getattr(decorated, "__name__", None) or op.name
-            if language in languages.TEXTS and not name.isidentifier():
-                raise SwapRefused(f"a kernel in {language} is called by the name of the function: use def, not {name}")
-            origin = Origin(name, function, Path(file) if file is not None else None)
+        origin = decorated if isinstance(decorated, Origin) else _origin(op, language, decorated, file)
         recipe = Recipe(
             op, language, origin, decorated, shape, dict(dims or {}), options, selector, edge_cases
         )  # fmt: skip
@@ -282,11 +275,25 @@ def decorator(
     return swap
 
 
+def _origin(op: Op, language: str, decorated: Any, file: str | Path | None) -> Origin:
+    """Where the text of what was decorated stands. Raises SwapRefused for what holds none."""
+    function = plain_function(decorated)
+    name = getattr(decorated, "__name__", None) or op.name
+    if language in languages.TEXTS and (function is None or not name.isidentifier()):
+        given = getattr(decorated, "__name__", repr(decorated))
+        raise SwapRefused(f"a kernel in {language} is called by the name of the function: use def, not {given}")
+    return Origin.of(name, function, Path(file).absolute() if file is not None else None)
+
+
 def install(swap: Swap) -> Swap:
-    """Put a swap in use, last and so first to be asked; one of the same name, from an earlier run of a cell, goes."""
+    """Put a swap in use, last and so first to be asked. One of the same name for the same calls, from an earlier run
+    of a cell or a file, goes."""
     op = swap.op
     with uses_lock:
-        old = [use for use in op._uses if isinstance(use, Swap) and use.name == swap.name]
+        old = [
+            use for use in op._uses
+            if isinstance(use, Swap) and use.name == swap.name and use.where.same(swap.where)
+        ]  # fmt: skip
         op._uses = (*[use for use in op._uses if use not in old], swap)
     for each in old:
         each._gone = "replaced"
@@ -308,8 +315,18 @@ def restore() -> Table:
 
 
 def reload() -> list[Swap]:
-    """Reload all swaps; gives those whose kernel is another one now. Raises what is wrong with the first that is."""
-    return [each for each in installed() if each.reload()]
+    """Reload all swaps; gives those whose kernel is another one now. Raises all that is wrong, when all were tried."""
+    changed, wrong = [], []
+    for each in installed():
+        try:
+            changed += [each] * each.reload()
+        except (KernelError, OpError) as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise KernelError("\n".join(map(str, wrong)))
+    return changed
 
 
 _COLUMNS = ("name", "op", "language", "where", "state", "hits", "checked", "us a call")
@@ -320,7 +337,7 @@ def table(swaps: list[Swap]) -> Table:
     rows = [
         (
             each.name, each.op.name, each.recipe.language + (" emulated" if _emulated(each) else ""), repr(each.where),
-            each.state, each.hits, each.checked, each.seconds / each.timed * 1e6 if each.timed else None,
+            each.state, each.hits, each.checked, each.trial.microseconds,
         )
         for each in reversed(swaps)
     ]  # fmt: skip

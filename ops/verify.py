@@ -6,7 +6,7 @@ A `Schedule` says which calls: "first 8, then 1/64" are the first eight, and eve
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,11 @@ class Schedule:
 
     first: int
     every: int
+
+    @property
+    def checks(self) -> bool:
+        """Whether any call is checked."""
+        return bool(self.first or self.every)
 
     @classmethod
     def of(cls, text: str) -> Schedule:
@@ -71,18 +76,23 @@ def shown(call: Call) -> str:
     return f"{call.op.name}({given})" + (f" in {call.full_address}" if call.scope.number else "")
 
 
-def checked(call: Call, outputs: tuple[Tensor, ...], run: Callable[[], None]) -> Wrong | None:
-    """Compute by `run`, and compare what it gave with the reference on the inputs from before."""
-    expected = Expected(call)
-    for each in outputs:
-        _poison(each)
-    run()
-    output = outputs[0] if len(outputs) == 1 else outputs
-    worst: Wrong | None = None
-    for name, given, difference in expected.differences(output):
-        if difference.error > bound(given) and (worst is None or difference.error > worst.difference.error):
-            worst = Wrong(call, name, difference, bound(given), _operands(expected.given, difference.index))
-    return worst
+class Comparison:
+    """Of what a call is going to give with its reference, computed now, on the inputs from before. Poisons outputs."""
+
+    def __init__(self, call: Call, outputs: tuple[Tensor, ...]):
+        self.call, self.outputs, self.expected = call, outputs, Expected(call)
+        for each in outputs:
+            _poison(each)
+
+    def wrong(self) -> Wrong | None:
+        """The worst of what the call has given by now; None where all is right."""
+        output = self.outputs[0] if len(self.outputs) == 1 else self.outputs
+        worst: Wrong | None = None
+        for name, given, difference in self.expected.differences(output):
+            if difference.error > bound(given) and (worst is None or difference.error > worst.difference.error):
+                operands = _operands(self.expected.given, difference.index)
+                worst = Wrong(self.call, name, difference, bound(given), operands)
+        return worst
 
 
 def _poison(output: Tensor) -> None:
@@ -113,13 +123,19 @@ def edge_cases(op: Op, kernel: Kernel, where: Selector) -> Iterator[Call]:
     for args, constants in examples.of(op, _leading(op, dtypes)):
         bound_args, full = op._bound(args, constants)
         names = dict(zip(op.parameters, bound_args, strict=False))
-        cast = {
-            n: tensor(v.numpy(), dtypes[n]) if isinstance(v, Tensor) and dtypes.get(n, v.dtype) != v.dtype else v
-            for n, v in names.items()
-        }
+        if any(isinstance(v, Tensor) and v.spec.format and dtypes.get(n, "uint8") != "uint8" for n, v in names.items()):
+            continue  # packed, where the kernel takes elements
+        cast = {n: _cast(v, dtypes.get(n)) for n, v in names.items()}
         call = Call(op, tuple(cast.values()), full, Scope("", 0), 0)
         if where.fits(call) and kernel.fits(call):
             yield call
+
+
+def _cast(value: Any, dtype: str | None) -> Any:
+    """A tensor of elements in the kernel's dtype; all else as it is."""
+    if not isinstance(value, Tensor) or value.spec.format is not None or dtype in (None, value.dtype):
+        return value
+    return tensor(value.numpy(), dtype)
 
 
 def _leading(op: Op, dtypes: dict[str, str]) -> str:
@@ -135,11 +151,25 @@ def verify(op: Op, kernel: Kernel, where: Selector) -> int:
             outputs = tuple(empty(spec.shape, spec.dtype) for spec in call.outputs)
         except OpError as error:  # the rule has no such call: of a dtype that the op does not take
             raise SwapRefused(f"{kernel.name}: {error}") from None
+        comparison = Comparison(call, outputs)
         try:
-            wrong = checked(call, outputs, lambda call=call, outputs=outputs: kernel.launch(call, outputs))
+            kernel.launch(call, outputs)
         except LaunchError as error:
             raise SwapRefused(f"{kernel.name} on an edge case, {shown(call)}: {error}") from None
+        wrong = comparison.wrong()
         if wrong is not None:
-            raise SwapRefused(f"{kernel.name} is wrong on an edge case: {wrong}\nedge_cases=False skips these")
+            raise SwapRefused(f"{kernel.name} is wrong on an edge case: {wrong}{_left_out(kernel, call)}{_HINT}")
         count += 1
     return count
+
+
+_HINT = "\nedge_cases=False skips these"
+
+
+def _left_out(kernel: Kernel, call: Call) -> str:
+    """Tensors of the call that the kernel has no parameter for, which may be why it is wrong."""
+    given = [name for name, value in call.inputs.items() if isinstance(value, Tensor)]
+    missing = [name for name in given if kernel.dtypes and name not in kernel.dtypes]
+    if not missing:
+        return ""
+    return f"\n{kernel.name} takes no {', '.join(missing)}, which this call has; narrow the swap with where="

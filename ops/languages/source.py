@@ -21,13 +21,27 @@ from .base import Source, SourceError
 
 @dataclass(frozen=True)
 class Origin:
-    """`function` as it was decorated, or None; `file` where the text is apart from it; `text` where it was given."""
+    """`function` as it was decorated, or None; `file` where the text is apart from it; `text` where it was given.
+
+    `ordinal` is which of the functions of that name in the file it is; None for one that stands in no file.
+    """
 
     entry: str
     function: Callable | None = None
     file: Path | None = None
     text: str | None = None
     where: tuple[str, int] = field(default=("<text>", 1))
+    ordinal: int | None = None
+
+    @classmethod
+    def of(cls, entry: str, function: Callable | None, file: Path | None) -> Origin:
+        """The origin of a function, found in its file as it is now."""
+        ordinal = None
+        if function is not None:
+            line = function.__code__.co_firstlineno
+            lines = [_first_line(node) for node in _definitions(function)[0]]
+            ordinal = lines.index(line) if line in lines else 0 if lines else None
+        return cls(entry, function, file, ordinal=ordinal)
 
     def read(self) -> Source:
         """The text as it is now. Raises SourceError where it is gone."""
@@ -38,7 +52,7 @@ class Origin:
                 return Source(self.file.read_text("utf-8"), self.entry, shown(self.file), 1)
             except (OSError, UnicodeDecodeError) as error:
                 raise SourceError(f"{self.file}, which holds {self.entry}: {error}") from None
-        return _of_function(self.function, self.entry)
+        return _of_function(self.function, self.entry, self.ordinal)
 
     @property
     def path(self) -> str | None:
@@ -61,46 +75,52 @@ def shown(path: str | Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def definition(function: Callable) -> tuple[ast.FunctionDef, str]:
+def definition(function: Callable, ordinal: int | None) -> tuple[ast.FunctionDef, str]:
     """The function as its file has it now: its node, with the file's line numbers, and the file."""
-    path = function.__code__.co_filename
+    found, path = _definitions(function)
+    if ordinal is None or ordinal >= len(found):
+        raise SourceError(f"{shown(path)} has no function {function.__code__.co_name} any more")
+    return found[ordinal], path
+
+
+def _definitions(function: Callable) -> tuple[list[ast.FunctionDef], str]:
+    """All functions of that name in its file, in their order, and the file."""
+    path, name = function.__code__.co_filename, function.__code__.co_name
     linecache.checkcache(path)
-    lines = linecache.getlines(path)
-    name = function.__code__.co_name
     try:
-        tree = ast.parse("".join(lines))
+        tree = ast.parse("".join(linecache.getlines(path)))
     except SyntaxError as error:
         raise SourceError(f"{shown(path)}:{error.lineno}: {error.msg}") from None
     found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
-    if not found:
-        raise SourceError(f"{shown(path)} has no function {name} any more" if lines else f"{name} has no source file")
-    line = function.__code__.co_firstlineno  # of several with the same name, the nearest to where this one stood
-    return min(found, key=lambda node: abs(_first_line(node) - line)), path
+    return sorted(found, key=_first_line), path
 
 
 def _first_line(node: ast.FunctionDef) -> int:
     return min([node.lineno, *(each.lineno for each in node.decorator_list)])
 
 
-def _of_function(function: Callable | None, entry: str) -> Source:
-    """The text in a function: its docstring, or the string that it returns."""
+def _of_function(function: Callable | None, entry: str, ordinal: int | None) -> Source:
+    """The text in a function: the string that it returns, or its docstring."""
     assert function is not None
-    try:
-        node, path = definition(function)
-    except SourceError:
-        if linecache.getlines(function.__code__.co_filename):
-            raise
-        return Source(_text_without_file(function), entry, function.__code__.co_filename, 1)  # of exec, or typed
-    for statement in node.body:
-        value = getattr(statement, "value", None)
-        if not isinstance(statement, (ast.Expr, ast.Return)) or not isinstance(value, ast.Constant):
-            continue
-        if isinstance(value.value, str):
-            return Source(value.value, entry, shown(path), value.lineno)
-    return Source(_returned(function), entry, shown(path), node.lineno)
+    if ordinal is None:  # of exec, or typed at a prompt that keeps no source
+        return Source(_text_without_file(function), entry, function.__code__.co_filename, 1)
+    node, path = definition(function, ordinal)
+    returns = [each for each in ast.walk(node) if isinstance(each, ast.Return) and each.value is not None]
+    values = [each.value for each in (returns or node.body[:1]) if isinstance(each, (ast.Return, ast.Expr))]
+    if len(values) == 1 and isinstance(values[0], ast.Constant) and isinstance(values[0].value, str):
+        return Source(values[0].value, entry, shown(path), values[0].lineno)
+    if not returns:
+        raise SourceError(
+            f"{shown(path)}:{node.lineno}: {entry} holds no text: it is its docstring, or what it returns"
+        )
+    return Source(_returned(_in_its_scope(function, node, path)), entry, shown(path), node.lineno)
 
 
 def _returned(function: Callable) -> str:
+    if inspect.signature(function).parameters and any(
+        each.default is each.empty for each in inspect.signature(function).parameters.values()
+    ):
+        raise SourceError(f"{function.__name__} has parameters; what gives the text of a kernel is called without any")
     text = function()
     if not isinstance(text, str):
         raise SourceError(f"{function.__name__} gave {type(text).__name__}: source text is its docstring, or a string")
@@ -111,19 +131,25 @@ def _text_without_file(function: Callable) -> str:
     return textwrap.dedent(function.__doc__) if function.__doc__ else _returned(function)
 
 
-def redefined(function: Callable) -> Callable:
+def redefined(function: Callable, ordinal: int | None) -> Callable:
     """The function as its file has it now, without its decorators, in the globals that it had."""
-    node, path = definition(function)
+    node, path = definition(function, ordinal)
+    return _in_its_scope(function, node, path)
+
+
+def _in_its_scope(function: Callable, node: ast.FunctionDef, path: str) -> Callable:
+    """What the definition makes, without decorators, in the globals and the closure that `function` has."""
     node.decorator_list = []
-    module = ast.Module([node], [])
     names = dict(function.__globals__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         names[name] = cell.cell_contents
     try:
-        exec(compile(module, path, "exec"), names)
+        exec(compile(ast.Module([node], []), path, "exec"), names)
     except SyntaxError as error:
         raise SourceError(f"{shown(path)}:{error.lineno}: {error.msg}") from None
-    return names[node.name]
+    made = names[node.name]
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made
 
 
 def plain_function(value: Any) -> Callable | None:

@@ -165,7 +165,7 @@ def test_what_is_wrong_later_is_put_in_quarantine(model, monkeypatch):
     wanted = model.generate("Once upon a time", max_tokens=12)
     swap = swapped(text, edge_cases=False, where="layers.0.input_layernorm", check="first 2, then 1/1", sandbox=False)
     with pytest.warns(
-        ops.SwapWarning, match=r"own kernel computes these shapes again: output of rms_norm\(x=float32\[1, 128\]"
+        ops.SwapWarning, match=r"own kernel computes such calls again: output of rms_norm\(x=float32\[1, 128\]"
     ):
         assert model.generate("Once upon a time", max_tokens=12) == wanted
     assert "quarantined for (float32[1, 128], float32[128])" in swap.state
