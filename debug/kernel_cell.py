@@ -16,6 +16,7 @@ from IPython.core.error import UsageError
 import ops
 from ops import Call, ceilings, examples, html
 from ops.languages import NAMES, TEXTS
+from ops.languages.binding import output_names
 from ops.languages.source import Origin
 from ops.op import Op, registry
 from ops.race import Race, race
@@ -57,13 +58,28 @@ def run(shell: Any, line: str, cell: str) -> KernelCell:
     language, op, options, on = _asked(shell, line)
     name = options.pop("name", None)
     if language in TEXTS:
-        found = _ENTRY.findall(cell)
-        entry = name or (found[-1] if found else f"{op.name}_cell")
+        entry = name or _entry(op, cell)
         given: Any = Origin(entry, text=cell, where=(f"Cell In[{shell.execution_count}]", 2))
     else:
         given = _function(shell, cell)
     swap = op.swap(language, **options)(given)
-    return KernelCell(swap, _races(shell, swap, on))
+    try:
+        return KernelCell(swap, _races(shell, swap, on))
+    except Exception:
+        swap.discard("removed")
+        raise
+
+
+def _entry(op: Op, cell: str) -> str:
+    """The kernel among the functions of a text: the last one whose parameters name the op's result."""
+    found = [(match[1], cell[match.end() : cell.find("{", match.end())]) for match in _ENTRY.finditer(cell)]
+    wanted = [name for name, rest in found if any(re.search(rf"\b{each}\b", rest) for each in results(op))]
+    return wanted[-1] if wanted else found[-1][0] if found else f"{op.name}_cell"
+
+
+def results(op: Op) -> tuple[str, ...]:
+    """What a kernel of the op writes, by name."""
+    return (*output_names(op), *op.writes)
 
 
 def _asked(shell: Any, line: str) -> tuple[str, Op, dict[str, Any], str | None]:
@@ -76,12 +92,17 @@ def _asked(shell: Any, line: str) -> tuple[str, Op, dict[str, Any], str | None]:
         key, equals, value = word.partition("=")
         if not equals:
             raise UsageError(f"{word!r} is not NAME=VALUE: {USAGE}")
-        options[key] = value if key in _TEXT else eval(value, shell.user_ns)
+        try:
+            options[key] = value if key in _TEXT else eval(value, shell.user_ns)
+        except Exception as error:
+            raise UsageError(f"{word}: {type(error).__name__}: {error}") from None
     op = registry.get(options.pop("op", ""))
     if op is None:
         raise UsageError(f"op= names an op: {', '.join(sorted(registry))}")
     if layers := options.pop("layers", None):
-        options["where"] = f"layers.{layers}"
+        if "where" in options:
+            raise UsageError("layers= and where= both say where: give one of them")
+        options["where"] = ", ".join(f"layers.{each.strip()}" for each in layers.split(","))
     return words[0], op, options, options.pop("on", None)
 
 

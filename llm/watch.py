@@ -45,7 +45,8 @@ def watch(file: str, model: Any, prompt: str, race: Race, say: Callable[[str], N
 def _run(file: str, model: Any, prompt: str, wanted: str, race: Race, say: Callable[[str], None]) -> None:
     """Run the file once and say how its kernels are; an error is said, and the kernels from before stay in use."""
     begin = time.perf_counter()
-    before = {each.name for each in swap.installed()}
+    old = swap.installed()
+    before = {each.name for each in old}
     try:
         runpy.run_path(file, run_name="limpid.watched")
     except (KernelError, OpError) as error:
@@ -55,6 +56,8 @@ def _run(file: str, model: Any, prompt: str, wanted: str, race: Race, say: Calla
         say(traceback.format_exc(limit=-1).strip())
         return
     ready = time.perf_counter() - begin
+    for each in old:  # what the file does not hold any more
+        each.discard("removed")
     swaps = swap.installed()
     if not swaps:
         say(f"{file} puts no kernel in use; decorate one with @ops.NAME.swap(...)")

@@ -52,8 +52,11 @@ def _write(path: Path, text: str) -> None:
     """Write the whole file or nothing; what is there already stays."""
     if path.exists():
         raise OpError(f"{path} exists, and may hold what you have edited; name another file")
+    if not path.parent.is_dir():
+        raise OpError(f"{path.parent} is no folder; make it first")
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".limpid-", delete=False) as file:
         file.write(text)
+    os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 
 
@@ -79,8 +82,7 @@ def _conditions(request: build.Request) -> list[str]:
             open_sizes = [i for i, size in enumerate(spec.shape) if isinstance(size, Dim)]
             if open_sizes in ([], [0]):
                 start = len(open_sizes)
-                if spec.shape[start:] or not start:
-                    found.append(f"{given}.shape{'[1:]' if start else ''} == {spec.shape[start:]!r}")
+                found.append(f"{given}.shape{'[1:]' if start else ''} == {spec.shape[start:]!r}")
             else:
                 fixed = [(i, size) for i, size in enumerate(spec.shape) if not isinstance(size, Dim)]
                 found += [f"{given}.shape[{i}] == {size}" for i, size in fixed]
@@ -90,7 +92,8 @@ def _conditions(request: build.Request) -> list[str]:
 
 
 def _tvmscript(op: Op, request: build.Request) -> str:
-    function = request.rule_scheduled().with_attr("global_symbol", f"{op.name}_tvmscript")
+    with build.named(request):
+        function = request.rule_scheduled().with_attr("global_symbol", f"{op.name}_tvmscript")
     lines = function.script().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("@T.prim_func"))
     sizes = [line for line in lines[:start] if "TypeVar(" in line]
@@ -161,7 +164,8 @@ def _c_body(text: str) -> str:
         r"if \(TVMBackendFreeWorkspace\(\d+, dev_id, (\w+)\) != 0\) \{\n\s*return -1;\n\s*\}", r"free(\1);", body
     )
     body = re.sub(r"TVMFFIErrorSetRaisedFromCStrParts\(.*?, (\w+), \d+\);", r"strcpy(limpid_error, \1[0]);", body)
-    return re.sub(r"\binff?\b", "INFINITY", body).replace("return -1;", "return;")
+    body = re.sub(r"\bnanf?\b", "NAN", re.sub(r"\binff?\b", "INFINITY", body))
+    return body.replace("return -1;", "return;")
 
 
 def _gpu(op: Op, request: build.Request, language: str) -> str:

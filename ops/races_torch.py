@@ -64,6 +64,8 @@ def _function(torch: Any, call: Call) -> Callable[..., Any]:
         "softmax": lambda x: torch.softmax(x, -1),
         "log_softmax": lambda x: torch.log_softmax(x, -1),
         "argmax": lambda x: torch.argmax(x, -1),
-        "linear": lambda x, weight, bias=None: functional.linear(x, weight.to(x.dtype), bias),
+        "linear": lambda x, weight, bias=None: functional.linear(
+            x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        ),
     }
     return simple.get(call.op.name) or getattr(torch, call.op.name)

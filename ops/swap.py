@@ -152,6 +152,10 @@ class Swap(Use):
         else:
             self._leave("removed")
 
+    def discard(self, why: str) -> None:
+        """Out of use, whether it was used or not; `why` is what its state says then."""
+        self._leave(why)
+
     def _leave(self, why: str) -> bool:
         with uses_lock:
             was = self in self.op._uses

@@ -155,8 +155,9 @@ def held(spec: Spec) -> str:
 def triple(given: int | tuple | Callable | None, call: Call, what: str) -> tuple[int, int, int]:
     """A grid or a block: a number, up to three of them, or a function of the call's tensors that gives them."""
     value = given(*call.args) if callable(given) else given
+    least = 0 if callable(given) and what == "grid" else 1  # of no rows there is nothing to do
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (1 if value is None else value,)
-    if not 1 <= len(sizes) <= 3 or not all(isinstance(_plain(each), int) and each > 0 for each in sizes):
+    if not 1 <= len(sizes) <= 3 or not all(isinstance(_plain(each), int) and each >= least for each in sizes):
         raise SwapRefused(f"{what} is {value!r}, expected 1 to 3 whole numbers above 0, or a function of the call")
     x, y, z = (*map(int, sizes), 1, 1)[:3]
     return x, y, z
@@ -171,7 +172,8 @@ def _takes(parameter: Parameter, value: Any) -> bool:
     if isinstance(value, bool):
         return parameter.type == "bool" or parameter.dtype in ("int32", "int64", "uint8", "int8")
     if isinstance(value, int):
-        return parameter.dtype in ("int32", "int64")
+        exact = parameter.dtype == "float32" and abs(value) <= 2**24
+        return parameter.dtype in ("int32", "int64") or parameter.type == "double" or exact
     if isinstance(value, float):
         return parameter.dtype == "float32" or parameter.type == "double"
     return False

@@ -71,7 +71,9 @@ class _Ready:
     def run(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
         """Compute in this process."""
         if self._at is None:
-            self.program.run(self.values(call, outputs), self.launch(call))
+            launch = self.launch(call)
+            if 0 not in launch.grid:
+                self.program.run(self.values(call, outputs), launch)
         else:
             self._at.run([self._picks[i](call.args, outputs) for i in self._at.tensors])
 
@@ -167,7 +169,7 @@ class SourceKernel(Kernel):
             self.launch_here(call, outputs)
             return
         ready = self._prepared(call, outputs)
-        if ready.program.library is None and not self.language.remote:
+        if 0 in ready.launch(call).grid or (ready.program.library is None and not self.language.remote):
             self.launch_here(call, outputs)
             return
         from .. import sandbox
