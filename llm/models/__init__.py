@@ -39,8 +39,8 @@ _REGISTERED: dict[str, tuple[type, type]] = {}  # model_type -> config and model
 def register(model_class: type, config_class: type) -> None:
     """Load checkpoints of `model_class.model_type` with these classes, which need not lie in a file of `llm/models`.
 
-    `model_class` is a subclass of `llm.Model`, made as `model_class(config, dtype)`; `config_class` is a dataclass whose
-    fields carry HF's names. The last one registered for a model_type wins, also over a family that comes with Limpid.
+    `model_class` is a subclass of `llm.Model`, made as `model_class(config, dtype)`; `config_class` is a dataclass
+    whose fields carry HF's names. The last one registered for a model_type wins, also over Limpid's own families.
     Raises TypeError for classes of another kind.
     """
     from llm.model import Model
