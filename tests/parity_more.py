@@ -12,6 +12,14 @@ BASES: dict[str, dict[str, Any]] = {
     "gpt_neox": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4},
     "phi": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
     "stablelm": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "starcoder2": _TEXT
+    | {
+        "intermediate_size": 112,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,  # no text ends early
+    },
     "rwkv": {
         "vocab_size": 131,
         "hidden_size": 64,
@@ -62,6 +70,11 @@ _FLOAT32: list[tuple[str, str, dict[str, Any]]] = [
      {"use_parallel_residual": True, "use_qkv_bias": True, "qk_layernorm": True} | _TIED),
     ("stablelm, serial, head norms, linear", "stablelm",
      {"qk_layernorm": True} | _rope({"rope_type": "linear", "factor": 2.5, "partial_rotary_factor": 0.5})),
+    ("starcoder2, tied", "starcoder2", {}),
+    ("starcoder2, window 8, no biases, untied, MHA", "starcoder2",
+     {"sliding_window": 8, "use_bias": False, "num_key_value_heads": 4} | _UNTIED),
+    ("starcoder2, gelu, window 8, yarn, head_dim 24", "starcoder2",
+     {"hidden_act": "gelu", "sliding_window": 8, "head_dim": 24, "norm_epsilon": 1e-3} | _rope(_YARN)),
     ("olmo2", "olmo2", {}),
     ("olmo2, biases, tied, MHA, yarn", "olmo2",
      {"attention_bias": True, "num_key_value_heads": 4} | _TIED | _rope(_YARN)),
@@ -99,6 +112,7 @@ _BFLOAT16: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt_neox", "gpt_neox", {}),
     ("phi, norms of queries and keys", "phi", {"qk_layernorm": True}),
     ("stablelm, parallel, head norms", "stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("starcoder2, window 8", "starcoder2", {"sliding_window": 8}),
     ("olmo2", "olmo2", {}),
     ("mixtral, window 8", "mixtral", _EXPERTS | _ALL | {"sliding_window": 8}),
     ("qwen3_moe, normalised", "qwen3_moe", _QWEN_EXPERTS | {"norm_topk_prob": True, "num_experts_per_tok": 6}),

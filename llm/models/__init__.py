@@ -31,6 +31,7 @@ ARCHITECTURES = {
     "rwkv": "Rwkv",
     "smollm3": "SmolLM3",
     "stablelm": "StableLm",
+    "starcoder2": "Starcoder2",
 }
 
 _REGISTERED: dict[str, tuple[type, type]] = {}  # model_type -> config and model class, ahead of those above
