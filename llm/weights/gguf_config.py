@@ -114,6 +114,8 @@ def _biases(given: Container, family: Family) -> dict[str, bool]:
     q, gate = "blk.0.attn_q.bias" in given.tensors, "blk.0.ffn_gate.bias" in given.tensors
     if family.model_type == "stablelm":
         return {"use_qkv_bias": q, "qk_layernorm": "blk.0.attn_q_norm.weight" in given.tensors}
+    if family.model_type == "starcoder2":
+        return {"use_bias": q}
     if family.model_type in ("llama", "granite", "smollm3"):
         return {"attention_bias": q, "mlp_bias": gate}
     return {"attention_bias": q} if family.model_type in ("qwen3", "qwen3_moe", "gpt_oss", "olmo2") else {}

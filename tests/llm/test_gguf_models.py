@@ -67,6 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "n_inner": 96, "layer_norm_epsilon": 1e-5},
     "gpt_neox": {"rotary_pct": 0.5, "layer_norm_eps": 1e-5, "rotary_emb_base": 10000.0, "use_parallel_residual": True},
     "stablelm": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "rope_theta": 10000.0},
+    "starcoder2": {"norm_epsilon": 1e-5, "rope_theta": 10000.0, "head_dim": 24, "sliding_window": 8},
     "granite": {**RMS, **MULTIPLIERS},
     "olmo2": RMS,
     "smollm3": RMS,
