@@ -22,7 +22,7 @@ FULL = {
     "gpt_neox": "gpt_neox, no attention biases, all rotates, yarn",
     "phi": "phi, norms of queries and keys, a quarter rotates",
     "stablelm": "stablelm, parallel, biases, head norms, tied",
-    "starcoder2": "starcoder2, gelu, window 8, yarn, head_dim 24",
+    "starcoder2": "starcoder2, gelu, window 8, head_dim 24",
     "olmo2": "olmo2, biases, tied, MHA, yarn",
     "mixtral": "mixtral, window 8, one expert, head_dim 24, tied",
     "qwen3_moe": "qwen3_moe, normalised, every second, window 8",

@@ -20,7 +20,7 @@ def needs_the_extra():
 def test_matches_transformers(case, seed):
     needs_the_extra()
     result = parity.run(case, seed % 2**31)
-    assert result.passed, f"error {result.error:.2e}, other cuts {result.cuts}"
+    assert result.passed, f"error {result.error:.2e}, other cuts {result.cuts}: {parity.where(case, seed % 2**31)}"
 
 
 @pytest.mark.parametrize("case", [parity.CASES[0], *HALF], ids=lambda case: case.name)
