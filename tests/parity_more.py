@@ -12,6 +12,7 @@ BASES: dict[str, dict[str, Any]] = {
     "gpt_neox": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4},
     "phi": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
     "stablelm": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "olmo": _TEXT | {"intermediate_size": 112, "num_attention_heads": 4, "eos_token_id": None, "pad_token_id": None},
     "starcoder2": _TEXT
     | {
         "intermediate_size": 112,
@@ -75,6 +76,9 @@ _FLOAT32: list[tuple[str, str, dict[str, Any]]] = [
      {"sliding_window": 8, "use_bias": False, "num_key_value_heads": 4} | _UNTIED),
     ("starcoder2, gelu, window 8, head_dim 24", "starcoder2",
      {"hidden_act": "gelu", "sliding_window": 8, "head_dim": 24, "norm_epsilon": 1e-3} | _rope(_YARN)),
+    ("olmo, MHA", "olmo", {"num_key_value_heads": None}),
+    ("olmo, clipped, GQA, biases, tied, yarn", "olmo",
+     {"clip_qkv": 0.6, "num_key_value_heads": 2, "attention_bias": True} | _TIED | _rope(_YARN)),
     ("olmo2", "olmo2", {}),
     ("olmo2, biases, tied, MHA, yarn", "olmo2",
      {"attention_bias": True, "num_key_value_heads": 4} | _TIED | _rope(_YARN)),
@@ -113,6 +117,7 @@ _BFLOAT16: list[tuple[str, str, dict[str, Any]]] = [
     ("phi, norms of queries and keys", "phi", {"qk_layernorm": True}),
     ("stablelm, parallel, head norms", "stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     ("starcoder2, window 8", "starcoder2", {"sliding_window": 8}),
+    ("olmo, clipped", "olmo", {"clip_qkv": 0.8}),
     ("olmo2", "olmo2", {}),
     ("mixtral, window 8", "mixtral", _EXPERTS | _ALL | {"sliding_window": 8}),
     ("qwen3_moe, normalised", "qwen3_moe", _QWEN_EXPERTS | {"norm_topk_prob": True, "num_experts_per_tok": 6}),

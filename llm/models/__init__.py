@@ -22,6 +22,7 @@ ARCHITECTURES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "mixtral": "Mixtral",
+    "olmo": "Olmo",
     "olmo2": "Olmo2",
     "phi": "Phi",
     "phi3": "Phi3",

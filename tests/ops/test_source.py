@@ -18,7 +18,7 @@ ARGUMENTS = {
 }  # fmt: skip
 CONSTANTS = {
     "attention": {"scale": 0.5}, "scores": {"scale": 0.5}, "rms_norm": {"eps": 1e-6}, "layer_norm": {"eps": 1e-6},
-    "softcap": {"cap": 30.0}, "cast": {"dtype": "float16"}, "top_k": {"k": 2},
+    "softcap": {"cap": 30.0}, "clamp": {"limit": 0.5}, "cast": {"dtype": "float16"}, "top_k": {"k": 2},
 }  # fmt: skip
 OPS = {name: value for name, value in vars(ops).items() if isinstance(value, Op)}
 
