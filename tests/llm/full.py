@@ -23,6 +23,7 @@ FULL = {
     "phi": "phi, norms of queries and keys, a quarter rotates",
     "stablelm": "stablelm, parallel, biases, head norms, tied",
     "starcoder2": "starcoder2, gelu, window 8, head_dim 24",
+    "olmo": "olmo, clipped, GQA, biases, tied, yarn",
     "olmo2": "olmo2, biases, tied, MHA, yarn",
     "mixtral": "mixtral, window 8, one expert, head_dim 24, tied",
     "qwen3_moe": "qwen3_moe, normalised, every second, window 8",

@@ -110,6 +110,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("stablelm", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
     ("starcoder2", {"hidden_act": "swish"}, "'hidden_act' is 'swish'"),
     ("starcoder2", {"mlp_bias": True}, "'mlp_bias' is True"),
+    ("olmo", {"clip_qkv": 0}, "'clip_qkv' is 0, expected more than 0"),
+    ("olmo", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
     ("olmo2", {"clip_qkv": 8.0}, "it clamps queries, keys and values"),
     ("mixtral", {"num_local_experts": 0}, "'num_local_experts' is 0, expected at least 1"),
     ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "it adds a shared expert"),
