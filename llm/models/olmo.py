@@ -29,6 +29,7 @@ class Config:
     head_dim: int | None = None
     hidden_act: Literal["silu"] = "silu"
     max_position_embeddings: int = 2048
+    layer_norm_eps: float = 1e-5  # no key of HF, which has it in its code: GGUF says it
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     clip_qkv: float | None = None
@@ -42,11 +43,11 @@ class Config:
 class Norm(Module):
     """Normalisation to mean 0 and variance 1, and nothing else: the ones are no parameter."""
 
-    def __init__(self, width: int, dtype: str):
-        self._ones = ops.tensor(np.ones(width, "float32"), dtype)
+    def __init__(self, width: int, eps: float, dtype: str):
+        self.eps, self._ones = eps, ops.tensor(np.ones(width, "float32"), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self._ones, eps=1e-5)
+        return ops.layer_norm(x, self._ones, eps=self.eps)
 
 
 class Attention(Module):
@@ -74,8 +75,8 @@ class Block(Module):
     def __init__(self, c: Any, dtype: str):
         self.self_attn = Attention(c, dtype)
         self.mlp = MLP(c.hidden_size, c.intermediate_size, dtype)
-        self.input_layernorm = Norm(c.hidden_size, dtype)
-        self.post_attention_layernorm = Norm(c.hidden_size, dtype)
+        self.input_layernorm = Norm(c.hidden_size, c.layer_norm_eps, dtype)
+        self.post_attention_layernorm = Norm(c.hidden_size, c.layer_norm_eps, dtype)
 
     def forward(self, x: Tensor, rotate: Rotation, cache: Layer) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotate, cache)
@@ -89,7 +90,7 @@ class Olmo(Model):
         self.config, self.dtype = config, dtype
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
         self.layers = [Block(config, dtype) for _ in range(config.num_hidden_layers)]
-        self.norm = Norm(config.hidden_size, dtype)
+        self.norm = Norm(config.hidden_size, config.layer_norm_eps, dtype)
         self.rotary = RotaryEmbedding(config.rope)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)

@@ -261,6 +261,12 @@ FAMILIES: dict[str, Family] = {
         },
         changes=_PERMUTED,
     ),
+    "olmo": Family(  # its norms have no weights
+        "olmo",
+        {"token_embd": "model.embed_tokens", "output": "lm_head", **_layers(_ATTENTION, _MLP)},
+        {**_LAYER_NORM, "attention.clamp_kqv": "clip_qkv"},
+        changes=_PERMUTED,
+    ),
     "olmo2": Family(
         "olmo2",
         {
