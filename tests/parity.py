@@ -196,7 +196,7 @@ class Result:
 def run(case: Case, seed: int) -> Result:
     """Build the model of `case` from `seed` in transformers, load it here, and compare."""
     rng = np.random.default_rng(seed)
-    theirs = _reference(case, seed)
+    theirs = reference(case, seed)
     ids = rng.integers(0, theirs.config.vocab_size, PROMPT + STEPS)
     with tempfile.TemporaryDirectory() as work:
         theirs.save_pretrained(work)
@@ -210,7 +210,7 @@ def run(case: Case, seed: int) -> Result:
 
 def where(case: Case, seed: int) -> str:
     """What `debug.doctor` finds wrong with our model of `case`, beside transformers': for a case that failed."""
-    theirs = _reference(case, seed)
+    theirs = reference(case, seed)
     ids = np.random.default_rng(seed).integers(0, theirs.config.vocab_size, PROMPT)
     with tempfile.TemporaryDirectory() as work:
         theirs.save_pretrained(work)
@@ -218,7 +218,8 @@ def where(case: Case, seed: int) -> str:
     return " ".join(map(str, found.findings)) or "debug.doctor finds nothing wrong"
 
 
-def _reference(case: Case, seed: int) -> Any:
+def reference(case: Case, seed: int) -> Any:
+    """The model of `case` in transformers, its weights drawn from `seed`."""
     import torch
     import transformers
 

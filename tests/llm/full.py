@@ -44,7 +44,7 @@ def needs_the_extra() -> None:
 def made(family: str, seed: int) -> tuple[Any, np.ndarray]:
     """transformers' model of the family's full case, and the ids to try it with."""
     case = next(each for each in parity.CASES if each.name == FULL[family])
-    theirs = parity._reference(case, seed)
+    theirs = parity.reference(case, seed)
     return theirs, np.random.default_rng(seed).integers(0, theirs.config.vocab_size, parity.PROMPT + parity.STEPS)
 
 
