@@ -4,6 +4,7 @@ from .cache import Cache
 from .errors import UserError
 from .load import load
 from .model import Model
+from .models import register
 from .nn import Embedding, Linear, Module, RMSNorm
 from .sampling import Sampling
 from .tokenizer import Tokenizer
@@ -19,4 +20,5 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "load",
+    "register",
 ]

@@ -97,7 +97,7 @@ _POSITIVE = frozenset(
         *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "context_length", "attention_hidden_size"),
     }
 )
-_ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"})  # divided by
+_ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "clip_qkv"})
 
 
 def parse_config(cls: type[C], raw: Mapping[str, Any], *, ignored: Collection[str] = ()) -> C:

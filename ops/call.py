@@ -103,7 +103,8 @@ class Call:
 
     @property
     def source(self) -> str:
-        """File and line of the model's code that makes the call, `llm/models/llama.py:57`. Only while it runs."""
+        """File and line of the model's code that makes the call, `llm/models/llama.py:57`, in a notebook
+        `Cell In[3]:7`. Only while it runs."""
         frame = self.frame
         return f"{_relative(frame.f_code.co_filename, os.getcwd())}:{frame.f_lineno}" if frame else "?"
 
@@ -114,7 +115,15 @@ class Call:
 
 @functools.lru_cache(1024)
 def _relative(path: str, folder: str) -> str:
-    return os.path.relpath(path, folder)
+    return cell_of(path) or os.path.relpath(path, folder)
+
+
+def cell_of(path: str) -> str | None:
+    """A notebook's cell as IPython calls it, `Cell In[3]`, by the file that its code says it is in; else None."""
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return None
+    named = shell.compile.format_code_name(path)
+    return None if named is None else " ".join(named)
 
 
 def _is_users(frame: FrameType) -> bool:

@@ -31,7 +31,8 @@ _of_values: set[str] = set()  # ops whose cost depends on what is in the argumen
 # Flops for an element of the output, of ops that do the same for each.
 _EACH = {
     "add": 1, "sub": 1, "mul": 1, "div": 1, "add_row": 1, "mul_row": 1, "scale": 1, "offset": 1, "neg": 1, "tanh": 1,
-    "softcap": 3, "silu": 4, "silu_mul": 5, "rms_norm": 4, "softmax": 5, "softmax_with_sinks": 5, "log_softmax": 5,
+    "clamp": 2, "softcap": 3, "silu": 4, "silu_mul": 5, "rms_norm": 4, "softmax": 5, "softmax_with_sinks": 5,
+    "log_softmax": 5,
 }  # fmt: skip
 
 

@@ -58,9 +58,9 @@ def referred(call: Call, inputs: dict[str, Any], wide: bool = False) -> tuple[np
 
     A reference that rounds by itself still does.
     """
-    if wide:
-        inputs = {name: value.astype("float64") if _is_float(value) else value for name, value in inputs.items()}
-    with np.errstate(all="ignore"):  # inf and NaN are results here, as in the kernel
+    with np.errstate(all="ignore"):  # inf and NaN are results here, as in the kernel; in a cache there may be anything
+        if wide:
+            inputs = {name: value.astype("float64") if _is_float(value) else value for name, value in inputs.items()}
         return tuple(np.asarray(each) for each in as_tuple(call.op.reference(*inputs.values(), **call.constants)))
 
 

@@ -81,6 +81,7 @@ for _op in (pointwise.add_row, pointwise.mul_row):
 for _op in (pointwise.scale, pointwise.offset, pointwise.div_by):
     _op.examples(_scalar)
 pointwise.softcap.examples(partial(_elements, cap=2.5))
+pointwise.clamp.examples(partial(_elements, limit=0.75))
 
 
 @pointwise.gelu.examples

@@ -185,6 +185,14 @@ def softcap(x: Tensor, *, cap: float) -> Tensor:
 
 
 @_rows(symbolic={"x": "n"})
+def clamp(x: Tensor, *, limit: float) -> Tensor:
+    """x within +-limit, which is above 0; NaN stays. HF `clip_qkv`, torch.clamp."""
+    if not limit > 0:
+        raise OpError(f"limit is {limit}, expected a number above 0")
+    return _same(x=x)
+
+
+@_rows(symbolic={"x": "n"})
 def silu(x: Tensor) -> Tensor:
     """x * sigmoid(x), also called swish. Elfwing et al. 2017; HF ACT2FN["silu"]."""
     return _same(x=x)
@@ -306,6 +314,11 @@ _defined(div_into, lambda x, dividend: dividend / x)
 _defined(neg, lambda x: -x)
 _defined(tanh, tir.tanh, np.tanh)
 _defined(softcap, lambda x, cap: tir.tanh(x / tir.f32(cap)) * tir.f32(cap), lambda x, cap: cap * np.tanh(x / cap))
+_defined(
+    clamp,
+    lambda x, limit: tirx.max(tir.f32(-limit), tirx.min(tir.f32(limit), x)),
+    lambda x, limit: np.clip(x, -limit, limit),
+)
 _defined(silu, tir.silu, _numpy_silu)
 _defined(sigmoid, tir.sigmoid, lambda x: 1 / (1 + np.exp(-x)))
 _defined(relu, lambda x: tirx.max(tir.f32(0.0), x), lambda x: np.maximum(x, 0))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+import debug
 import llm
 from tests.parity_more import BASES, MORE
 
@@ -195,7 +196,7 @@ class Result:
 def run(case: Case, seed: int) -> Result:
     """Build the model of `case` from `seed` in transformers, load it here, and compare."""
     rng = np.random.default_rng(seed)
-    theirs = _reference(case, seed)
+    theirs = reference(case, seed)
     ids = rng.integers(0, theirs.config.vocab_size, PROMPT + STEPS)
     with tempfile.TemporaryDirectory() as work:
         theirs.save_pretrained(work)
@@ -207,7 +208,18 @@ def run(case: Case, seed: int) -> Result:
     return Result(case, _relative(actual, expected), cuts, greedy)
 
 
-def _reference(case: Case, seed: int) -> Any:
+def where(case: Case, seed: int) -> str:
+    """What `debug.doctor` finds wrong with our model of `case`, beside transformers': for a case that failed."""
+    theirs = reference(case, seed)
+    ids = np.random.default_rng(seed).integers(0, theirs.config.vocab_size, PROMPT)
+    with tempfile.TemporaryDirectory() as work:
+        theirs.save_pretrained(work)
+        found = debug.doctor(llm.load(work), theirs, ids.tolist(), seconds=20)
+    return " ".join(map(str, found.findings)) or "debug.doctor finds nothing wrong"
+
+
+def reference(case: Case, seed: int) -> Any:
+    """The model of `case` in transformers, its weights drawn from `seed`."""
     import torch
     import transformers
 
@@ -290,7 +302,11 @@ def _relative(actual: np.ndarray, expected: np.ndarray) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=None, help="repeat a run; default: a fresh one")
-    chosen = parser.parse_args().seed
+    parser.add_argument("--only", metavar="TEXT", default="", help="the cases whose name or model_type contains it")
+    options = parser.parse_args()
+    chosen, cases = options.seed, [each for each in CASES if options.only in f"{each.name}\n{each.model_type}"]
+    if not cases:
+        parser.error(f"no case has {options.only!r} in its name or model_type")
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         print(f"tests.parity needs {' and '.join(missing)}: pip install -e '.[parity]'", file=sys.stderr)
         return 2
@@ -300,14 +316,16 @@ def main() -> int:
     )
     print(f"{'model':42} {'dtype':9} {'vs transformers':>16} {'other cuts':>11} {'greedy':>9}")
     failed = 0
-    for case in CASES:
+    for case in cases:
         result = run(case, seed)
         failed += not result.passed
         cuts = "-" if result.cuts is None else f"{result.cuts:.2e}"
         greedy = "-" if result.greedy is None else f"{result.greedy:.2e}" if result.greedy else "same"
         verdict = "" if result.passed else "  FAILED"
         print(f"{case.name:42} {case.dtype:9} {result.error:16.2e} {cuts:>11} {greedy:>9}{verdict}", flush=True)
-    print(f"{len(CASES) - failed} passed, {failed} failed")
+        if not result.passed:
+            print(f"  {where(case, seed)}", flush=True)
+    print(f"{len(cases) - failed} passed, {failed} failed")
     return 1 if failed else 0
 
 

@@ -15,13 +15,19 @@ _REQUIRED = ("context_length", "embedding_length", "block_count", "attention.hea
 # Said by the tensors too, or of no effect on the arithmetic.
 _IDLE = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_gating_func"}
 # Nothing, as if the key were not there.
-_NONE_AT_ZERO = ("attention.sliding_window", "attention.scale", "logit_scale", "expert_count", "expert_used_count")
+_NONE_AT_ZERO = (
+    "attention.clamp_kqv",
+    "attention.sliding_window",
+    "attention.scale",
+    "logit_scale",
+    "expert_count",
+    "expert_used_count",
+)
 # Without effect at one value, which says that a feature is off.
 _IDLE_AT: Mapping[str, Any] = {
     "expert_group_count": 1,
     "expert_group_used_count": 1,
     "attention.causal": True,
-    "attention.clamp_kqv": 0.0,
     "attention.max_alibi_bias": 0.0,
     "nextn_predict_layers": 0,
     "rope.scale_linear": 1.0,
@@ -114,9 +120,11 @@ def _biases(given: Container, family: Family) -> dict[str, bool]:
     q, gate = "blk.0.attn_q.bias" in given.tensors, "blk.0.ffn_gate.bias" in given.tensors
     if family.model_type == "stablelm":
         return {"use_qkv_bias": q, "qk_layernorm": "blk.0.attn_q_norm.weight" in given.tensors}
+    if family.model_type == "starcoder2":
+        return {"use_bias": q}
     if family.model_type in ("llama", "granite", "smollm3"):
         return {"attention_bias": q, "mlp_bias": gate}
-    return {"attention_bias": q} if family.model_type in ("qwen3", "qwen3_moe", "gpt_oss", "olmo2") else {}
+    return {"attention_bias": q} if family.model_type in ("qwen3", "qwen3_moe", "gpt_oss", "olmo", "olmo2") else {}
 
 
 def _rope(

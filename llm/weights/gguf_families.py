@@ -235,6 +235,20 @@ FAMILIES: dict[str, Family] = {
         },
         {**_LAYER_NORM, "use_parallel_residual": "use_parallel_residual"},
     ),
+    "starcoder2": Family(
+        "starcoder2",
+        {
+            **_TOP,
+            **_layers(_NORMS, _ATTENTION, {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}),
+        },
+        {
+            **_LAYER_NORM,
+            "attention.layer_norm_epsilon": "norm_epsilon",
+            "attention.layer_norm_rms_epsilon": "rms_norm_eps",  # the 15B's config has one, which nobody reads
+            "attention.key_length": "head_dim",
+            "attention.sliding_window": "sliding_window",
+        },
+    ),
     "granite": Family(
         "granite",
         _LLAMA,
@@ -245,6 +259,12 @@ FAMILIES: dict[str, Family] = {
             "residual_scale": "residual_multiplier",
             "logit_scale": "logits_scaling",
         },
+        changes=_PERMUTED,
+    ),
+    "olmo": Family(  # its norms have no weights
+        "olmo",
+        {"token_embd": "model.embed_tokens", "output": "lm_head", **_layers(_ATTENTION, _MLP)},
+        {**_LAYER_NORM, "attention.clamp_kqv": "clip_qkv"},
         changes=_PERMUTED,
     ),
     "olmo2": Family(

@@ -9,13 +9,13 @@ import ast
 import inspect
 import linecache
 import os
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..call import cell_of
 from .base import Source, SourceError
 
 
@@ -67,10 +67,8 @@ class Origin:
 
 def shown(path: str | Path) -> str:
     """A file as messages call it: from the working folder, when it lies below; a notebook's cell as `Cell In[3]`."""
-    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
-        named = shell.compile.format_code_name(str(path))
-        if named is not None:
-            return " ".join(named)
+    if named := cell_of(str(path)):
+        return named
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 

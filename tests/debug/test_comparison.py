@@ -10,6 +10,7 @@ from debug.comparison import Run, compare
 from llm.load import build
 from llm.nn import Linear, Module
 from ops import Tensor
+from ops.difference import inputs_of, referred
 from tests.llm import small
 
 from .twins import twin
@@ -204,3 +205,19 @@ def test_the_page(rng, tmp_path):
     assert "&lt;b&gt;mine&lt;/b&gt;" in text and "<b>" not in text
     assert "layers.1.mlp.up_proj/linear[0]" in text and text.count("<rect") == 6 * 4 + 1
     assert "http" not in text and "<script" not in text, "it needs nothing else"
+
+
+def test_memory_that_nobody_wrote_may_be_anything():
+    """Also a signalling NaN, of whose conversion NumPy warns."""
+    x = ops.tensor(np.array([0x7F800001, 0x3F800000], "uint32").view("float32"))
+    seen = []
+
+    class Looks(ops.Interceptor):
+        def call(self, call, launch):
+            seen.append(referred(call, inputs_of(call), wide=True))
+            return launch(call)
+
+    with ops.intercepted(Looks()):
+        ops.add(x, x)
+    [(wanted,)] = seen
+    assert np.isnan(wanted[0]) and wanted[1] == 2

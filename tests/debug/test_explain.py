@@ -67,6 +67,7 @@ def example(name: str, rng: np.random.Generator, dtype: str) -> Call:
         "concat": ((x, random(rng, (2, WIDTH), dtype)), {}),
         "cache_write": ((k, random(rng, (ROWS, 2, 10), "float32"), at), {}),
         "softcap": ((x,), {"cap": 2.5}),
+        "clamp": ((x,), {"limit": 0.5}),
         "gelu_mul": ((x, x[::-1].copy()), {"approximate": "tanh"}),
         "silu_mul": ((x, x[::-1].copy()), {}),
         "cast": ((x,), {"dtype": "bfloat16"}),

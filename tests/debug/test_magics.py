@@ -121,6 +121,14 @@ def test_how_it_is_used_is_said(shell, line):
         run(shell, line)
 
 
+def test_a_call_that_a_cell_makes_names_the_cell(shell, monkeypatch):
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    run(shell, "def twice(x):\n    return x + x\n")
+    run(shell, "with debug.trace() as t:\n    twice(model.layers[0].input_layernorm.weight)")
+    [record] = shell.user_ns["t"]
+    assert record.source == f"Cell In[{shell.execution_count - 2}]:2"
+
+
 def test_the_profile_itself(shell, monkeypatch):
     monkeypatch.setattr(debug, "profile", profile, raising=False)
     run(shell, "%profile -o p model([1, 2])")

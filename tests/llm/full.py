@@ -22,6 +22,8 @@ FULL = {
     "gpt_neox": "gpt_neox, no attention biases, all rotates, yarn",
     "phi": "phi, norms of queries and keys, a quarter rotates",
     "stablelm": "stablelm, parallel, biases, head norms, tied",
+    "starcoder2": "starcoder2, gelu, window 8, head_dim 24",
+    "olmo": "olmo, clipped, GQA, biases, tied, yarn",
     "olmo2": "olmo2, biases, tied, MHA, yarn",
     "mixtral": "mixtral, window 8, one expert, head_dim 24, tied",
     "qwen3_moe": "qwen3_moe, normalised, every second, window 8",
@@ -42,7 +44,7 @@ def needs_the_extra() -> None:
 def made(family: str, seed: int) -> tuple[Any, np.ndarray]:
     """transformers' model of the family's full case, and the ids to try it with."""
     case = next(each for each in parity.CASES if each.name == FULL[family])
-    theirs = parity._reference(case, seed)
+    theirs = parity.reference(case, seed)
     return theirs, np.random.default_rng(seed).integers(0, theirs.config.vocab_size, parity.PROMPT + parity.STEPS)
 
 

@@ -38,10 +38,16 @@ LAYER_NORM = {k: v for k, v in VALUES.items() if "rms" not in k} | {
 }
 
 
+def values_of(name: str) -> dict[str, Any]:
+    """Those that every family has, with the kind of norm that this one has."""
+    return LAYER_NORM if "attention.layer_norm_epsilon" in FAMILIES[name].values else VALUES
+
+
 def container(name: str, tensors: dict[str, np.ndarray], values: dict[str, Any] = VALUES) -> Container:
     metadata = {"general.architecture": name} | {f"{name}.{key}": value for key, value in values.items()}
     there = {"token_embd.weight": np.zeros((10, values.get("embedding_length", 8)), "float32"), **tensors}
-    there.setdefault(f"blk.0.{'post_ffw' if name == 'olmo2' else 'attn'}_norm.weight", np.ones(8, "float32"))
+    one = {"olmo": "attn_v", "olmo2": "post_ffw_norm"}.get(name, "attn_norm")  # that the family has
+    there.setdefault(f"blk.0.{one}.weight", np.ones(8, "float32"))
     return Container([Path("m.gguf")], metadata, there)
 
 
@@ -111,9 +117,9 @@ def test_rotated_pairs_are_put_apart(rng, name):
 def test_no_others_are_permuted(rng):
     q = rng.standard_normal((8, 8)).astype("float32")
     for name in sorted(
-        {*FAMILIES} - {"llama", "granite", "smollm3", "mixtral", "phi3", "gpt2", "gptneox", "deepseek2"}
+        {*FAMILIES} - {"llama", "granite", "smollm3", "olmo", "mixtral", "phi3", "gpt2", "gptneox", "deepseek2"}
     ):
-        values = LAYER_NORM if name in ("phi2", "stablelm") else VALUES
+        values = values_of(name)
         _, found = translated(name, {"blk.0.attn_q.weight": q}, values)
         assert np.array_equal(found["model.layers.0.self_attn.q_proj.weight"], q), name
 
@@ -263,8 +269,7 @@ def test_granites_multipliers_and_biases():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_config_is_that_of_the_model(name):
     """Where the family's file is there, its dataclass takes all that GGUF says; else it is refused by name."""
-    values = VALUES if name not in ("phi2", "gpt2", "gptneox", "stablelm") else LAYER_NORM
-    values = values | {"embedding_length": 64, "attention.head_count_kv": 4}
+    values = values_of(name) | {"embedding_length": 64, "attention.head_count_kv": 4}
     if name == "gpt2":
         values = {k: v for k, v in values.items() if k != "rope.freq_base"}
     if name in ("gptneox", "stablelm"):

@@ -67,7 +67,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 128, "n_inner": 96, "layer_norm_epsilon": 1e-5},
     "gpt_neox": {"rotary_pct": 0.5, "layer_norm_eps": 1e-5, "rotary_emb_base": 10000.0, "use_parallel_residual": True},
     "stablelm": {"partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5, "rope_theta": 10000.0},
+    "starcoder2": {"norm_epsilon": 1e-5, "rope_theta": 10000.0, "head_dim": 24, "sliding_window": 8},
     "granite": {**RMS, **MULTIPLIERS},
+    "olmo": {"clip_qkv": 0.8, "layer_norm_eps": 1e-5, "rope_theta": 10000.0},
     "olmo2": RMS,
     "smollm3": RMS,
     "deepseek_v2": {**RMS, **MOE, **LATENT, "q_lora_rank": None},
@@ -75,7 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_oss": {**RMS, **YARN, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
 }
 NAMES = {family.model_type: name for name, family in FAMILIES.items()} | {"deepseek_v3": "deepseek2"}
-PERMUTED = ("llama", "mixtral", "granite", "smollm3")
+PERMUTED = ("llama", "mixtral", "granite", "smollm3", "olmo")
 
 
 def raw(model_type: str) -> dict[str, Any]:

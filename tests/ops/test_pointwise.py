@@ -44,6 +44,8 @@ def test_rows_scalars_and_constants(rng, dtype, shape):
     check(ops.div_into, away_from_zero(x), -0.3)
     check(ops.softcap, x, cap=1.5)
     check(ops.softcap, x, cap=50.0)
+    check(ops.clamp, x, limit=1.5)
+    check(ops.clamp, x, limit=1e4)
     check(ops.gelu, x, approximate="tanh")
     check(ops.gelu_mul, x, x, approximate="tanh")
     check(ops.copy, x, tolerance=0.0)
@@ -88,12 +90,12 @@ def test_an_exponential_that_underflows_is_zero_and_one_that_overflows_is_infini
     assert math.isnan(weights[0, 4])
 
 
-@pytest.mark.parametrize("op", [*UNARY, *BINARY, ops.softcap, ops.cast], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*UNARY, *BINARY, ops.softcap, ops.clamp, ops.cast], ids=lambda op: op.name)
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
 def test_nan_stays_nan(op, dtype):
     x = ops.tensor(np.ones((3, 33), "float32"), dtype=dtype)
     x.numpy()[1, 3] = np.nan
-    constants = {"softcap": {"cap": 30.0}, "cast": {"dtype": "bfloat16"}}.get(op.name, {})
+    constants = {"softcap": {"cap": 30.0}, "clamp": {"limit": 0.5}, "cast": {"dtype": "bfloat16"}}.get(op.name, {})
     result = op(*[x] * len(op.parameters), **constants).numpy().astype("float32")
     assert np.isnan(result[1, 3]) and np.isnan(result).sum() == 1
 
@@ -184,6 +186,7 @@ def test_how_to_convert_is_true(dtype):
         (lambda x: ops.add_row(ops.zeros(6), ops.zeros(6)), ops.ShapeError, r"add_row: x is .*expected rows: \[n, "),
         (lambda x: ops.neg(ops.zeros(())), ops.ShapeError, r"neg: x is float32\[\], expected at least one axis"),
         (lambda x: ops.softcap(x, cap=0.0), ops.OpError, r"softcap: cap is 0.0, expected a number above 0"),
+        (lambda x: ops.clamp(x, limit=-1.0), ops.OpError, r"clamp: limit is -1.0, expected a number above 0"),
         (
             lambda x: ops.gelu(x, approximate=cast(Any, "erf")),
             ops.OpError,

@@ -14,11 +14,16 @@ ARGUMENTS = {
     "attention": (HEADS, CACHE, CACHE, IDS), "scores": (HEADS, CACHE, IDS), "mix": (LOGITS, CACHE),
     "softmax_with_sinks": (LOGITS, SINKS), "rms_norm": (X, ROW), "layer_norm": (X, ROW),
     "add_row": (X, ROW), "mul_row": (X, ROW),
+    "join": (HEADS, Spec((3, 2, 2), "float32")), "token_mix": (X, Spec((1, 4), "float32"), ROW),
+    "wkv": (X, X, ROW, ROW, Spec((3, 4), "float32")), "combine": (HEADS, Spec((3, 2), "float32")),
+    "experts_linear": (X, Spec((6, 4), "float32"), Spec((3, 1), "int32")), "route": (X, ROW),
     "scale": (X, 2.0), "offset": (X, 2.0), "div_by": (X, 2.0), "div_into": (X, 2.0),
 }  # fmt: skip
 CONSTANTS = {
     "attention": {"scale": 0.5}, "scores": {"scale": 0.5}, "rms_norm": {"eps": 1e-6}, "layer_norm": {"eps": 1e-6},
-    "softcap": {"cap": 30.0}, "cast": {"dtype": "float16"}, "top_k": {"k": 2},
+    "softcap": {"cap": 30.0}, "clamp": {"limit": 0.5}, "cast": {"dtype": "float16"}, "top_k": {"k": 2},
+    "columns": {"start": 1, "stop": 3}, "clamped_swiglu": {"alpha": 1.7, "limit": 7.0},
+    "experts_linear": {"experts": 2}, "route": {"k": 2, "scoring": "sigmoid", "normalise": True, "scale": 1.5},
 }  # fmt: skip
 OPS = {name: value for name, value in vars(ops).items() if isinstance(value, Op)}
 
