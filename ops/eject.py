@@ -161,7 +161,8 @@ def _c_body(text: str) -> str:
         r"if \(TVMBackendFreeWorkspace\(\d+, dev_id, (\w+)\) != 0\) \{\n\s*return -1;\n\s*\}", r"free(\1);", body
     )
     body = re.sub(r"TVMFFIErrorSetRaisedFromCStrParts\(.*?, (\w+), \d+\);", r"strcpy(limpid_error, \1[0]);", body)
-    return re.sub(r"\binff?\b", "INFINITY", body).replace("return -1;", "return;")
+    body = re.sub(r"\binff?\b", "INFINITY", re.sub(r"\bnanf?\b", "NAN", body))
+    return body.replace("return -1;", "return;")
 
 
 def _gpu(op: Op, request: build.Request, language: str) -> str:
