@@ -57,7 +57,7 @@ def test_every_op_is_generated_in_every_language(name, dtype, language, sign):
     assert all(sign in text for text in texts if text)
 
 
-@pytest.mark.parametrize(("dtype", "arch"), zip(FLOATS, nvrtc.ARCHITECTURES[::-1], strict=True))
+@pytest.mark.parametrize(("dtype", "arch"), [*zip(FLOATS, nvrtc.ARCHITECTURES[::-1], strict=True)])
 def test_cuda_of_every_op_compiles(dtype, arch):
     """All kernels in one text: NVRTC takes a second for the headers."""
     pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVIDIA's wheels: pip install -e '.[cuda]'")
@@ -113,7 +113,7 @@ def test_some_kernels_of_every_op_run_in_the_emulator_as_cuda(name, dtype):
 def test_some_kernels_of_every_op_run_in_the_emulator_as_metal(name, dtype):
     op, kernels, compiled = registry[name], {}, metal.Metal(Options("emulate")).compile
     with target.building_for_gpu("metal"):
-        for args, constants in ops.examples.of(op, dtype)[1::4][:2]:
+        for args, constants in ops.examples.of(op, dtype)[1::4][: 2 if dtype == "float32" else 1]:
             request = op._request(args, constants)
             if request.arguments not in kernels:
                 kernels[request.arguments] = hosted.of(op, args, constants, hosted.programs(compiled))
