@@ -342,5 +342,5 @@ def _(rng, dtype):
 def _(rng, dtype):
     for n, width in ((1, 1), (3, 33), (17, 64)):
         decay, first, *state = (_values(rng, (width,), "float32") for _ in range(5))
-        state = np.stack((state[0], 1 + abs(state[1]), state[2])) if n > 1 else np.float32([[0], [0], [-1e38]])
+        state = np.stack((state[0], 1 + abs(state[1]), state[2])) if n > 1 else np.array([[0], [0], [-1e38]], "float32")
         yield (_values(rng, (n, width), dtype, 2.0), _values(rng, (n, width), dtype), decay, first, state), {}
