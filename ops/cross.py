@@ -80,6 +80,9 @@ def text_of(device: tvm.IRModule, device_target: Any) -> str:
     text = tvm.get_global_func(f"target.build.{device_target.kind.name}")(device, device_target).inspect_source()
     # All threads of a warp come to each shuffle; after a branch, those that happen to be active may be fewer.
     text = text.replace("__activemask()", "0xffffffffu")
+    if device_target.kind.name == "cuda":
+        # A thread's array keeps the alignment of what is copied to it, less than the vectors that it is read by.
+        text = re.sub(r"\balignas\([1-8]\)", "alignas(16)", text)
     if device_target.kind.name == "metal":
         text = _right_in_metal(text)
     return _right_in_wgsl(text) if device_target.kind.name == "webgpu" else text

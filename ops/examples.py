@@ -14,21 +14,25 @@ from typing import Any
 
 import numpy as np
 
-from . import pointwise
+from . import pointwise, target
 from .attention import attention
 from .attention_steps import mix, scores, softmax_with_sinks
-from .embedding import cache_write, concat, embedding
+from .embedding import cache_write, columns, concat, embedding, join
+from .experts import experts_linear
 from .linear import linear
 from .norm import layer_norm, rms_norm
 from .op import Op
+from .quantize import FORMATS, KNOWN, Format, Groups, assemble
+from .recurrent import token_mix, wkv
 from .reduce import argmax, log_softmax, softmax, top_k
 from .rotary import rope
-from .spec import DTYPES, FLOATS
-from .tensor import tensor
+from .routing import combine, route
+from .spec import DTYPES, FLOATS, Spec
+from .tensor import Tensor, tensor, tensor_from_packed
 
 Example = tuple[tuple, dict[str, Any]]
 _SHAPES = ((1,), (1, 7), (3, 33), (2, 3, 20), (17, 64))  # of element-wise ops
-_ROWS = ((1, 1), (1, 31), (3, 33), (17, 130), (2, 1024), (5, 20))  # of ops along the last axis
+_ROWS = ((1, 1), (1, 31), (5, 20), (3, 33), (17, 130), (2, 1024))  # of ops along the last axis
 
 
 def of(op: Op, dtype: str = "float32", seed: int = 0) -> list[Example]:
@@ -52,6 +56,23 @@ def _values(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale:
     return (rng.standard_normal(shape) * scale).astype(DTYPES[dtype])
 
 
+def _weight(rng: np.random.Generator, shape: tuple[int, int], held: str, scale: float = 1.0) -> Tensor:
+    """Held in a float dtype or packed. What is not made from floats, only taken over, has codes drawn by chance."""
+    if held in FLOATS or held in FORMATS:
+        return tensor(_values(rng, shape, held if held in FLOATS else "float32", scale), held)
+    drawn = partial(_groups, rng, KNOWN[held], shape[1])
+    return tensor_from_packed(assemble(shape, held, lambda start, stop: drawn(stop - start)), Spec(shape, held))
+
+
+def _groups(rng: np.random.Generator, form: Format, inputs: int, rows: int) -> Groups:
+    groups = -(-inputs // form.group)
+    factors = (rows, -(-groups // form.shared))
+    numbers = [rng.integers(1, 64, (rows, groups)).astype(form.scale) for _ in range(1 + form.minimum)]
+    codes = rng.integers(0, 2**form.bits, (rows, groups, form.group), "uint8")
+    parts = [rng.uniform(-1, 1, factors) / 2**form.bits / 64 for _ in numbers]
+    return Groups(codes, numbers[0], numbers[1] if form.minimum else None, tuple(p.astype("float16") for p in parts))
+
+
 def _elements(rng: np.random.Generator, dtype: str, count: int = 1, **constants: Any) -> Iterator[Example]:
     for shape in _SHAPES:
         # Within what a function and its reference can both tell: gelu's tail cancels away in any arithmetic.
@@ -72,9 +93,9 @@ def _away_from_zero(rng: np.random.Generator, shape: tuple[int, ...], dtype: str
     return (rng.uniform(0.5, 2, shape) * rng.choice((-1, 1), shape)).astype(DTYPES[dtype])
 
 
-for _op in (pointwise.neg, pointwise.tanh, pointwise.silu, pointwise.gelu):
+for _op in (pointwise.neg, pointwise.tanh, pointwise.silu, pointwise.sigmoid, pointwise.relu):
     _op.examples(_elements)
-for _op in (pointwise.add, pointwise.sub, pointwise.mul, pointwise.silu_mul, pointwise.gelu_mul):
+for _op in (pointwise.add, pointwise.sub, pointwise.mul, pointwise.silu_mul):
     _op.examples(partial(_elements, count=2))
 for _op in (pointwise.add_row, pointwise.mul_row):
     _op.examples(_row)
@@ -82,6 +103,7 @@ for _op in (pointwise.scale, pointwise.offset, pointwise.div_by):
     _op.examples(_scalar)
 pointwise.softcap.examples(partial(_elements, cap=2.5))
 pointwise.clamp.examples(partial(_elements, limit=0.75))
+pointwise.clamped_swiglu.examples(partial(_elements, count=2, alpha=1.702, limit=1.5))
 
 
 @pointwise.gelu.examples
@@ -177,18 +199,17 @@ def _(rng, dtype):
 @linear.examples
 def _(rng, dtype):
     for n, k, out, biased in ((1, 1, 1, False), (1, 33, 7, True), (3, 130, 17, False), (17, 64, 48, True)):
-        for held in dict.fromkeys((dtype, "float32", "q4", "q8")):
-            weight = tensor(_values(rng, (out, k), held if held in FLOATS else "float32", 0.3), held)
+        for held in dict.fromkeys((dtype, "float32", *KNOWN)):
             bias = (_values(rng, (out,), dtype),) if biased else ()
-            yield (_values(rng, (n, k), dtype), weight, *bias), {}
+            yield (_values(rng, (n, k), dtype), _weight(rng, (out, k), held, 0.3), *bias), {}
     yield (_values(rng, (70, 160), dtype), _values(rng, (130, 160), dtype, 0.3)), {}
 
 
 @embedding.examples
 def _(rng, dtype):
     for n, vocabulary, width, ids in ((1, 1, 5, "int32"), (3, 10, 33, "int64"), (17, 50, 64, "int32")):
-        for held in (dtype, "q4", "q8"):
-            weight = tensor(_values(rng, (vocabulary, width), dtype if held == dtype else "float32"), held)
+        for held in (dtype, *KNOWN):
+            weight = _weight(rng, (vocabulary, width), held)
             yield (rng.integers(0, vocabulary, n).astype(ids), weight), {"dtype": None if n == 1 else dtype}
 
 
@@ -197,6 +218,20 @@ def _(rng, dtype):
     for n, m, rest in ((1, 1, ()), (0, 2, (3,)), (3, 0, (2, 5)), (5, 17, (3, 20))):
         yield (_values(rng, (n, *rest), dtype), _values(rng, (m, *rest), dtype)), {}
     yield (rng.integers(0, 9, (2, 3), "int32"), rng.integers(0, 9, (1, 3), "int32")), {}
+
+
+@columns.examples
+def _(rng, dtype):
+    for shape, start, stop in (((1, 1), 0, 1), ((3, 33), 5, 12), ((17, 2, 20), 4, 20)):
+        yield (_values(rng, shape, dtype),), {"start": start, "stop": stop}
+    yield (rng.integers(0, 9, (2, 3), "int32"),), {"start": 1, "stop": 3}
+
+
+@join.examples
+def _(rng, dtype):
+    for n, heads, others, a, b in ((1, 1, 1, 1, 1), (3, 2, 2, 20, 7), (17, 5, 1, 33, 8)):
+        yield (_values(rng, (n, heads, a), dtype), _values(rng, (n, others, b), dtype)), {}
+    yield (rng.integers(0, 9, (2, 2, 3), "int32"), rng.integers(0, 9, (2, 1, 1), "int32")), {}
 
 
 @cache_write.examples
@@ -267,3 +302,46 @@ def _(rng, dtype):
         v = _values(rng, (t, kv_heads, v_dim), dtype)
         v[t // 2 + 1 :] = np.nan
         yield (weights / weights.sum(-1, keepdims=True), v), {"dtype": dtype}
+
+
+@experts_linear.examples
+def _(rng, dtype):
+    lanes = target.lanes()  # a packed expert has as many rows, or a multiple
+    sizes = ((1, 1, 1, 1, 1), (1, 130, lanes, 3, 2), (3, 33, 2 * lanes, 4, 2), (17, 64, lanes, 8, 3))
+    for n, inputs, outputs, experts, k in sizes:
+        x = _values(rng, (n, k, inputs) if n == 3 else (n, inputs), dtype)
+        ids = np.argsort(rng.random((n, experts)))[:, :k].astype("int32")
+        for held in dict.fromkeys((dtype, "float32", *(FORMATS if outputs > 1 else ()))):
+            bias = (_values(rng, (experts * outputs,), dtype),) if n > 1 else ()
+            yield (x, _weight(rng, (experts * outputs, inputs), held, 0.3), ids, *bias), {"experts": experts}
+
+
+@route.examples
+def _(rng, dtype):
+    yield (_values(rng, (1, 1), dtype),), {"k": 1}
+    yield (_values(rng, (3, 9), dtype),), {"k": 4, "normalise": True}
+    yield (_values(rng, (17, 32), dtype), _values(rng, (32,), "float32", 0.1)), {"k": 6, "scoring": "sigmoid"}
+    grouped = {"groups": 4, "kept": 2, "scale": 2.5}
+    yield (_values(rng, (5, 16), dtype),), {"k": 3, **grouped}
+    biased = (_values(rng, (5, 16), dtype), _values(rng, (16,), dtype, 0.1))
+    yield biased, {"k": 3, "scoring": "sigmoid", "normalise": True, "best": 2, **grouped}
+
+
+@combine.examples
+def _(rng, dtype):
+    for n, k, width in ((1, 1, 1), (1, 4, 33), (3, 2, 20), (17, 8, 64)):
+        yield (_values(rng, (n, k, width), dtype), rng.random((n, k), "float32")), {}
+
+
+@token_mix.examples
+def _(rng, dtype):
+    for n, width in ((1, 1), (3, 33), (17, 64)):
+        yield tuple(_values(rng, shape, dtype) for shape in ((n, width), (1, width), (width,))), {}
+
+
+@wkv.examples
+def _(rng, dtype):
+    for n, width in ((1, 1), (3, 33), (17, 64)):
+        decay, first, *state = (_values(rng, (width,), "float32") for _ in range(5))
+        state = np.stack((state[0], 1 + abs(state[1]), state[2])) if n > 1 else np.array([[0], [0], [-1e38]], "float32")
+        yield (_values(rng, (n, width), dtype, 2.0), _values(rng, (n, width), dtype), decay, first, state), {}

@@ -80,7 +80,11 @@ def _(x, weight, ids, bias, out, *, experts):
         X, W, ID, B, Y = _arguments(x, weight, ids, bias, out)
         n, (k, outputs), inputs = X.shape[0], out.shape[1:], x.shape[-1]
         outside = _OUT_OF_RANGE.format(experts)
-        with tir.block("check", (n, k), reduces=True) as at, T.Assert(_known(ID[at], experts), outside):
+        slots = max(k, 1)
+        with (
+            tir.block("check", (n * k,), reduces=True) as (i,),  # not in parallel: a worker's error may be lost
+            T.Assert(_known(ID[i // slots, i % slots], experts), outside),
+        ):
             T.evaluate(0)
 
         def row(token: Any, slot: Any, output: Any) -> Any:

@@ -99,7 +99,7 @@ class Weight:
 def quantized(x: Any, n: Any, k: int, form: Format) -> tuple[Any, Any, Any]:
     """In an IRBuilder: blocks that make int8 of activations x [n, k], as `ops.quantize.quantize_activations` does.
 
-    Gives codes int8 [n, k], scales float32 [n, groups], sums of codes int32 [n, groups].
+    Gives codes int8 [n, k], scales float32 [n, groups], and for a format with minima sums of codes int32 [n, groups].
     """
     groups = -(-k // form.group)
 
@@ -131,6 +131,9 @@ def quantized(x: Any, n: Any, k: int, form: Format) -> tuple[Any, Any, Any]:
         scaled = tir.rounded_product(x[token, column].astype("float32"), inverse)
         code = tirx.Select(used(token, group), scaled, tirx.const(0, str(scaled.ty.dtype)))
         T.buffer_store(codes, code.astype("int8"), [token, column])
+
+    if not form.minimum:
+        return codes, scales, None
 
     def add(total: Any, at: tuple) -> Any:
         token, group, i = at

@@ -108,7 +108,7 @@ def _(key, value, decay, first, state, out, after):
         A = T.match_buffer(after_, (3, width), "float32", align=4)
         most = T.alloc_buffer((width,), "float32")
         old = T.alloc_buffer((width,), "float32")
-        new = T.alloc_buffer((width,), "float32")
+        fresh = T.alloc_buffer((width,), "float32")
         for c in range(width):
             with T.sblock("column"):
                 vc = T.axis.spatial(width, c)
@@ -117,16 +117,17 @@ def _(key, value, decay, first, state, out, after):
                 for i in range(n):
                     most[vc] = T.max(A[2, vc], F[vc] + T.Cast("float32", K[i, vc]))
                     old[vc] = tir.exp(A[2, vc] - most[vc])
-                    new[vc] = tir.exp(F[vc] + T.Cast("float32", K[i, vc]) - most[vc])
+                    fresh[vc] = tir.exp(F[vc] + T.Cast("float32", K[i, vc]) - most[vc])
                     Y[i, vc] = T.Cast(
                         out.dtype,
-                        (old[vc] * A[0, vc] + new[vc] * T.Cast("float32", V[i, vc])) / (old[vc] * A[1, vc] + new[vc]),
+                        (old[vc] * A[0, vc] + fresh[vc] * T.Cast("float32", V[i, vc]))
+                        / (old[vc] * A[1, vc] + fresh[vc]),
                     )
                     most[vc] = T.max(A[2, vc] - tir.exp(D[vc]), T.Cast("float32", K[i, vc]))
                     old[vc] = tir.exp(A[2, vc] - tir.exp(D[vc]) - most[vc])
-                    new[vc] = tir.exp(T.Cast("float32", K[i, vc]) - most[vc])
-                    A[0, vc] = old[vc] * A[0, vc] + new[vc] * T.Cast("float32", V[i, vc])
-                    A[1, vc] = old[vc] * A[1, vc] + new[vc]
+                    fresh[vc] = tir.exp(T.Cast("float32", K[i, vc]) - most[vc])
+                    A[0, vc] = old[vc] * A[0, vc] + fresh[vc] * T.Cast("float32", V[i, vc])
+                    A[1, vc] = old[vc] * A[1, vc] + fresh[vc]
                     A[2, vc] = most[vc]
 
     return wkv

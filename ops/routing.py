@@ -144,7 +144,7 @@ def _(logits, bias, weights, ids, *, k, scoring, normalise, scale, groups, kept,
                                 second[vi] = worths[vi, g * inside + e]
                         if best == 2:
                             ranks[vi, g] = ranks[vi, g] + second[vi]
-                    for _ in range(kept):
+                    for _turn in range(kept):
                         group[vi] = 0
                         for g in range(groups):
                             if ranks[vi, g] > ranks[vi, group[vi]]:

@@ -215,9 +215,8 @@ GPUS: dict[str, Gpu] = {
                 "int64": "give int32",
                 "int8": f"{_BYTES}give int32",
                 "uint8": f"{_BYTES}give int32",
-                "q4": f"{_BYTES}load the weights unpacked, in float16 or float32",
-                "q8": f"{_BYTES}load the weights unpacked, in float16 or float32",
-            },
+            }
+            | dict.fromkeys(("q4", "q8", "q4k", "q6k"), f"{_BYTES}load the weights unpacked, in float16 or float32"),
         ),
     )
 }

@@ -21,9 +21,9 @@ import tvm_ffi
 from tvm import ir, s_tir, tirx
 
 from ..target import Gpu
+from . import nests
 
 _CHEAP = {"tirx.reinterpret", "tirx.if_then_else", "tirx.isnan", "tirx.bitwise_and", "tirx.shift_right"}
-_THREADS = 256  # of a thread block, where nothing asks for fewer
 _LONG = 32  # elements from which a reduction along memory is shared by threads
 VECTOR = 4  # elements that a thread loads at once; arguments of GPU kernels begin at multiples of 16 bytes
 
@@ -31,9 +31,9 @@ VECTOR = 4  # elements that a thread loads at once; arguments of GPU kernels beg
 def schedule(function: tirx.PrimFunc, gpu: Gpu) -> tirx.PrimFunc:
     """A PrimFunc of blocks, every loop of which is bound to the GPU's blocks and threads or runs in a thread."""
     name = function.attrs["global_symbol"]
-    function = narrow(function)
-    nests = [_bind_by_hand(each, gpu) for each in _nests(function) if not _is_check(each)]
-    sch = s_tir.Schedule(_with_nests(function, nests))
+    function = nests.with_private_buffers(narrow(function))
+    bound = [nests.bind_by_hand(each, gpu) for each in nests.of(function) if not nests.is_check(each)]
+    sch = s_tir.Schedule(nests.with_nests(function, bound))
     _inline(sch)
     for group in _groups(sch):
         _schedule_group(sch, group, gpu)
@@ -42,7 +42,7 @@ def schedule(function: tirx.PrimFunc, gpu: Gpu) -> tirx.PrimFunc:
 
 def checks(function: tirx.PrimFunc) -> tirx.PrimFunc | None:
     """The blocks that check what arguments hold, as a function for the CPU; None where there are none."""
-    return _with_nests(function, [each for each in _nests(function) if _is_check(each)])
+    return nests.with_nests(function, [each for each in nests.of(function) if nests.is_check(each)])
 
 
 def narrow(function: tirx.PrimFunc) -> tirx.PrimFunc:
@@ -56,36 +56,6 @@ def narrow(function: tirx.PrimFunc) -> tirx.PrimFunc:
     return next(iter(module.functions.values()))
 
 
-def _nests(function: tirx.PrimFunc) -> list[Any]:
-    return [each for each in _statements(function) if not isinstance(each, tirx.AllocBuffer)]
-
-
-def _statements(function: tirx.PrimFunc) -> list[Any]:
-    body = function.body.block.body
-    return list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
-
-
-def _with_nests(function: tirx.PrimFunc, nests: Sequence[Any]) -> tirx.PrimFunc | None:
-    """The function with these loop nests only; all its buffers are the outermost block's."""
-    if not nests:
-        return None
-    realize, block = function.body, function.body.block
-    body = nests[0] if len(nests) == 1 else tirx.SeqStmt(nests)
-    own = [each.buffer for each in _statements(function) if isinstance(each, tirx.AllocBuffer)]
-    inner = s_tir.SBlock(
-        block.iter_vars, block.reads, block.writes, block.name_hint, body, block.init, [*block.alloc_buffers, *own],
-        block.match_buffers, block.annotations,
-    )  # fmt: skip
-    outer = s_tir.SBlockRealize(realize.iter_values, realize.predicate, inner)
-    return tirx.PrimFunc(function.params, outer, function.ret_type, function.attrs)
-
-
-def _is_check(nest: Any) -> bool:
-    found: list[Any] = []
-    tvm_ffi.structural_walk(nest, (tirx.AssertStmt, found.append))
-    return bool(found)
-
-
 class _Block:
     """What the rules ask of a block: its axes, what it reads, and whether it reduces along memory."""
 
@@ -93,7 +63,7 @@ class _Block:
         self.sch, self.handle = sch, block
         node = sch.get(block)
         axes = list(node.iter_vars)
-        self.has_own_order = _has_own_order(node)
+        self.has_own_order = nests.has_own_order(node)
         self.spatial = [each for each in axes if each.iter_type == tirx.IterVar.DataPar]
         self.reduced = [each for each in axes if each.iter_type == tirx.IterVar.CommReduce]
         self.shape = [each.dom.extent for each in self.spatial]
@@ -255,7 +225,7 @@ def _is_along(block: _Block, buffer: Any) -> bool:
 def _bind_elements(sch: s_tir.Schedule, loops: Sequence[Any], gpu: Gpu) -> tuple[Any, Any]:
     """Share the elements of a loop nest out to threads."""
     fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
-    count, threads = sch.get(fused).extent, min(_THREADS, gpu.threads)
+    count, threads = sch.get(fused).extent, min(nests.THREADS, gpu.threads)
     if isinstance(count, tirx.IntImm):  # one element has no index that could keep the other threads out
         threads = max(1, min(threads, int(count)))
     block, thread = sch.split(fused, [None, threads])
@@ -310,7 +280,7 @@ def _by_rows(sch: s_tir.Schedule, group: list[_Block], gpu: Gpu) -> None:
 def _threads_of_row(group: list[_Block], gpu: Gpu) -> int:
     """As many threads as there is work for, a power of two."""
     extent = group[0].reduced[0].dom.extent
-    most = min(_THREADS, gpu.threads)
+    most = min(nests.THREADS, gpu.threads)
     if not isinstance(extent, tirx.IntImm):
         return min(128, most)
     threads = 32
@@ -329,47 +299,3 @@ def _keep(sch: s_tir.Schedule, group: list[_Block], scope: str) -> None:
         readers = {sch.get(reader).name_hint for reader in sch.get_consumers(each.handle)}
         if readers <= names:
             sch.set_scope(each.handle, 0, scope)
-
-
-def _bind_by_hand(nest: Any, gpu: Gpu) -> Any:
-    """The nest of a block of an order of its own, or of more than one assignment, which TVM's schedules do not touch.
-
-    What its data-parallel axes go over is shared out to threads; the other loops run in each of them, in their order.
-    """
-    loops, body = [], nest
-    while isinstance(body, tirx.For):
-        loops.append(body)
-        body = body.body
-    if not isinstance(body, s_tir.SBlockRealize) or not _has_own_order(body.block):
-        return nest
-    axes = zip(body.block.iter_vars, body.iter_values, strict=True)
-    parallel = [value for axis, value in axes if axis.iter_type == tirx.IterVar.DataPar]
-    shared = [each for each in loops if any(value.same_as(each.loop_var) for value in parallel)]
-    threads = min(_THREADS, gpu.threads)
-    width = "int64" if any(str(each.loop_var.ty.dtype) == "int64" for each in loops) else "int32"
-    total: Any = tirx.const(1, width)
-    for each in shared:
-        total = total * each.extent.astype(width)
-    block, thread = tirx.Var("block", width), tirx.Var("thread", width)
-    element: Any = block * threads + thread
-    values, rest = {}, element
-    for each in reversed(shared):
-        extent = each.extent.astype(width)
-        inside = rest if each.same_as(shared[0]) else rest % extent
-        values[each.loop_var] = inside.astype(each.loop_var.ty.dtype)
-        rest = rest // extent
-    at = [tvm_ffi.structural_map(each, (tirx.Var, lambda var: values.get(var, var))) for each in body.iter_values]
-    result: Any = s_tir.SBlockRealize(at, tirx.And(body.predicate, element < total), body.block)
-    for each in reversed(loops):
-        if each.loop_var not in values:
-            result = tirx.For(each.loop_var, each.min, each.extent, each.kind, result)
-    for var, extent, tag in ((thread, threads, "threadIdx.x"), (block, -(-total // threads), "blockIdx.x")):
-        axis = tirx.IterVar(None, var, tirx.IterVar.ThreadIndex, tag)
-        extent = tirx.const(extent, width) if isinstance(extent, int) else extent
-        result = tirx.For(var, tirx.const(0, width), extent, tirx.ForKind.THREAD_BINDING, result, axis)
-    return result
-
-
-def _has_own_order(block: Any) -> bool:
-    parallel = {tirx.IterVar.DataPar, tirx.IterVar.CommReduce}
-    return not isinstance(block.body, tirx.BufferStore) or any(v.iter_type not in parallel for v in block.iter_vars)

@@ -58,6 +58,12 @@ def test_gpu_kernels_swap_in_unchanged(name, language, tmp_path):
     assert swap.hits == 1 and swap.checked >= 1
 
 
+def test_a_gpus_kernel_in_two_parts_is_refused():
+    x, weight = ops.zeros((5, 20)), ops.zeros((20,))  # rows too short for a thread block of their own
+    with pytest.raises(ops.OpError, match=r"rms_norm\(.*takes 2 kernels on a GPU, .*; a swap holds one"):
+        ops.rms_norm.eject("metal", x, weight, eps=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_dtypes_in_c(dtype, tmp_path):
     for op in (ops.rms_norm, ops.silu, ops.softmax):

@@ -146,6 +146,7 @@ def _translated(
     return f"""// {_digest()}
 #include "{header}"
 namespace {{
+SIMT_ALSO
 {source.located}
 }}
 #line 1 "<generated>"

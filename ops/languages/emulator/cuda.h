@@ -185,4 +185,5 @@ template <class T> inline void __stwt(T* p, typename simt_same<T>::type v) { *p 
 #include "include/cuda/std/cstdint"
 #include "include/cuda/std/type_traits"
 
+#define SIMT_ALSO using ::min; using ::max;  // a text's own, such as TVM's of half, stand beside these
 #define alignas(n) __attribute__((aligned(n)))  // CUDA takes it anywhere among the words of a declaration

@@ -219,6 +219,7 @@ using ::atomic_int, ::atomic_uint, ::atomic_ulong, ::atomic_float, ::atomic_bool
 // Words of the language, the last that is defined here. An array of a threadgroup is declared by SIMT_SHARED, which is
 // put in the place of `threadgroup` before the compiler sees the text.
 #define kernel
+#define SIMT_ALSO
 #define device
 #define thread
 #define threadgroup
