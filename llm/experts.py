@@ -13,6 +13,7 @@ from ops import Spec, Tensor
 
 from .errors import CheckpointError
 from .nn import Module
+from .weights.lazy import concatenated
 
 
 class ExpertLinear(Module):
@@ -60,7 +61,7 @@ def stacked(named: Mapping[str, np.ndarray], of: str = "experts") -> dict[str, n
                 f"{name}: the checkpoint has {len(members)} {of}, the last of number {max(members)}, as "
                 f"{', '.join(f'{dtype}{list(shape)}' for shape, dtype in sorted(kinds))}; expected all, of one kind"
             )
-        result[name] = np.concatenate([members[i] for i in range(len(members))])
+        result[name] = concatenated([members[i] for i in range(len(members))])
     return result
 
 
@@ -72,6 +73,7 @@ def unstacked(named: Mapping[str, np.ndarray], count: int, of: str = "experts") 
         if not found or (before and not before.endswith(".")):  # `shared_experts` are no such list
             result[name] = array
             continue
-        for i, part in enumerate(np.split(np.asarray(array), count)):
-            result[f"{before}{of}.{i}.{after}"] = part
+        rows = array.shape[0] // count
+        for i in range(count):
+            result[f"{before}{of}.{i}.{after}"] = array[i * rows : (i + 1) * rows]
     return result
