@@ -242,6 +242,23 @@ def quantize(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="tiny, a folder, a .gguf or llama2.c .bin, or a Hub name")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a new file, NAME.gguf, or else a new folder")],
+    type: Annotated[
+        str | None,
+        _option("--type", metavar="TYPE", help="matrices as f32, f16, bf16, q8_0 or q4_0; default: as stored"),
+    ] = None,
+) -> None:
+    """Write a model as a GGUF file, or in Hugging Face's layout, with its tokenizer and chat template."""
+    from .convert import convert as run
+
+    typer.echo(f"wrote {run(source, out, type)}")
+
+
+@app.command()
 def cache(
     action: Annotated[str, typer.Argument(metavar="ACTION", help="show or clear")] = "show",
 ) -> None:

@@ -54,6 +54,10 @@ class Codes(Lazy):
             lambda: np.concatenate([each._codes() for each in parts]), scales, self._zeros, self._index, self.bits
         )
 
+    def codes(self) -> np.ndarray:
+        """uint8 [rows, inputs]."""
+        return self._codes()
+
     def _values(self) -> np.ndarray:
         zeros = self._zeros if isinstance(self._zeros, int) else self._zeros.astype("int16")[:, self._index]
         with np.errstate(over="ignore"):

@@ -285,7 +285,7 @@ def _compressed(settings: Mapping[str, Any], tensors: Tensors, dtype: Any) -> Te
 
 def _by_name(groups: Mapping[str, Mapping[str, Any]]) -> Callable[[str], Mapping[str, Any]]:
     """The settings of a module's weights: of the group that names it, else of those that go by a class of modules."""
-    targets = [(each["weights"], each.get("targets")) for each in groups.values()]
+    targets: list[tuple[Mapping[str, Any], Any]] = [(each["weights"], each.get("targets")) for each in groups.values()]
     if not all(isinstance(listed, list) for _, listed in targets):
         raise ConfigError("compressed-tensors: a group of modules has no list of targets")
     named = {each: weights for weights, listed in targets for each in listed if isinstance(each, str)}
