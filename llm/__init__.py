@@ -1,5 +1,6 @@
 """Limpid's models: load one, call it, change it, generate with it. `llm.load("tiny")` is the embedded one."""
 
+from .adapters import Adapter, load_adapter
 from .cache import Cache
 from .errors import UserError
 from .load import load
@@ -9,6 +10,7 @@ from .sampling import Sampling
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "Adapter",
     "Cache",
     "Embedding",
     "Linear",
@@ -19,4 +21,5 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "load",
+    "load_adapter",
 ]

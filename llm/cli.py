@@ -79,13 +79,20 @@ def generate(
     cache_dtype: CacheDType = None,
     device: Device = "cpu",
     revision: Revision = None,
+    adapter: Annotated[
+        list[str] | None, _option("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout; may be repeated")
+    ] = None,
 ) -> None:
     """Write a text that goes on from PROMPT. Without arguments: a story from the embedded model."""
+    from .adapters import load_adapter
+
     if prompt is not None and prompt_option is not None:
         raise UserError("the prompt is given twice, as an argument and by --prompt: give it once")
     text = prompt if prompt is not None else prompt_option
     text = piped_in() if text == "-" else text or ""
     loaded = _load(model, dtype, weights, device, revision)
+    for each in adapter or ():
+        load_adapter(loaded, each)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     stream = loaded.stream(text, max_tokens=max_tokens, cache_dtype=cache_dtype, **options)
     printed(stream, text)

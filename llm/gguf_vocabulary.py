@@ -99,7 +99,8 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The merges; older files spell them as one string."""
-    return [tuple(each.split(" ", 1)) if isinstance(each, str) else (each[0], each[1]) for each in model["merges"]]
+    parted = (each.split(" ", 1) if isinstance(each, str) else each for each in model["merges"])
+    return [(left, right) for left, right in parted]
 
 
 def _spaced(model: Mapping[str, Any], common: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

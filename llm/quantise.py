@@ -50,7 +50,7 @@ def choice(text: str) -> Choice:
 def chosen(model: Model, kind: str, keep: Iterable[Choice] = ()) -> dict[str, str]:
     """What becomes of each matrix, by its path: of linear layers `kind`, unless a choice says otherwise, the last one.
 
-    Tables of embeddings, and what the model's file keeps whole, stay as they are stored unless a choice names them.
+    Tables of embeddings, and what the model's file keeps whole, are only packed where a choice names them.
     Raises UserError for a choice that means no matrix.
     """
     if kind not in _KINDS:
@@ -60,7 +60,8 @@ def chosen(model: Model, kind: str, keep: Iterable[Choice] = ()) -> dict[str, st
     }
     linear = {path for path, module in modules.items() if not isinstance(module, Embedding)}
     whole = model.kept or ("\0",)
-    found = {path: kind if path in linear and not f"{path}.weight".endswith(whole) else STORED for path in modules}
+    packs = {path for path in linear if not f"{path}.weight".endswith(whole)}
+    found = {path: STORED if kind in FORMATS and path not in packs else kind for path in modules}
     for each in keep:
         pattern = select.path_pattern(each.pattern)
         meant = [path for path in found if pattern.fullmatch(path)]
@@ -73,8 +74,8 @@ def chosen(model: Model, kind: str, keep: Iterable[Choice] = ()) -> dict[str, st
     return {path: each for path, each in found.items() if modules[path].weight.ndim == 2}
 
 
-def quantised(model: Model, kinds: Mapping[str, str], progress: bool = True) -> dict[str, Any]:
-    """The weights by path, each in the format that `kinds` has for its module: `Words`, or arrays of floats.
+def quantised(model: Model, kinds: Mapping[str, str], progress: bool = True, rest: str = STORED) -> dict[str, Any]:
+    """The weights by path, each in the format that `kinds` has for its module, else `rest`: `Words`, or float arrays.
 
     Raises UserError for a weight that its format cannot hold.
     """
@@ -83,7 +84,7 @@ def quantised(model: Model, kinds: Mapping[str, str], progress: bool = True) -> 
     def make(path: str) -> Any:
         weight = weights[path]
         assert isinstance(weight, Tensor)
-        kind = kinds.get(path.removesuffix(".weight"), STORED) if path.endswith(".weight") else STORED
+        kind = kinds.get(path.removesuffix(".weight"), rest) if path.endswith(".weight") else rest
         if kind == STORED and weight.dtype in FORMATS:
             kind = weight.dtype
         if kind in FORMATS:
@@ -124,10 +125,10 @@ def checkpoint(model: Model, made: Mapping[str, Any]) -> tuple[dict[str, Any], d
 def quantise(
     model: Model, to: str, out: str | Path, keep: Sequence[str] = (), text: str | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Write `model` with its linear layers as `to` (q4, q8, a float type) into the new folder `out`; give the report.
+    """Write `model` with its linear layers as `to` (q4, q8) into the new folder `out`; give the report.
 
-    `keep`: choices for some, such as "layers.0.*=q8", or "lm_head", which stays as it is. `llm.load(out)` gives the
-    model back as it then is, to the bit. The report, also `report.json` there, has what packing does to each layer's
+    A float type is that of all weights. `keep`: choices for some, such as "layers.0.*=q8", or "lm_head", which stays
+    as it is. `llm.load(out)` needs no flag: packed matrices are held to the bit, floats in the type of most. The report, also `report.json` there, has what packing does to each layer's
     output on `text`, by default a short one: see `llm.calibration.report`.
     Raises UserError for what is not understood, and where `out` exists; then, and when interrupted, nothing is left.
     """
@@ -135,8 +136,9 @@ def quantise(
 
     out = check_new(out)
     kinds = chosen(model, to, [choice(each) for each in keep])
-    made = quantised(model, kinds, progress)
+    made = quantised(model, kinds, progress, to if to in FLOATS else STORED)
     values, tensors = checkpoint(model, made)
+    values |= {"dtype": to} if to in FLOATS else {}
     found = report(model, made, TEXT if text is None else text, progress) | {"to": to, "keep": [*keep]}
     with new_folder(out) as work:
         write_checkpoint(work, values, written(tensors), model.tokenizer)

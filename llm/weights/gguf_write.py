@@ -164,8 +164,7 @@ def _piece(title: str, array: Any, stem: str, kind: Kind | None) -> Piece:
     if array.ndim == 1 or stem in _WHOLE:
         kind = Kind.F32
     elif kind is None:
-        stored = array.form if isinstance(array, Words) else array.dtype.name
-        kind = _STORED[stored]
+        kind = _STORED[(array.form if isinstance(array, Words) else None) or array.dtype.name]
     block = gguf.GGML_QUANT_SIZES[kind][0]
     if array.shape[-1] % block:
         raise CheckpointError(

@@ -57,7 +57,7 @@ def tokenizer(**options: Any) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
-    bos, eos = (backend.token_to_id(each) for each in ("<s>", "</s>"))
+    bos, eos = (len(alphabet), len(alphabet) + 1)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return Tokenizer(backend, bos_id=bos, eos_ids=[eos], bos_token="<s>", eos_token="</s>", **options)
 

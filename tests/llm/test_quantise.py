@@ -61,6 +61,17 @@ def test_choices_by_selector(rng, tmp_path):
     assert "model.layers.0.mlp.up_proj" in said["ignore"] and len(said["config_groups"]) == 2
 
 
+def test_a_float_type_is_that_of_all(rng, tmp_path):
+    model = small.model(rng)
+    source = model.save(tmp_path / "source")
+    found = quantise(model, "bfloat16", tmp_path / "out", text=TEXT, progress=False)
+    given, wanted = llm.load(tmp_path / "out"), llm.load(source, dtype="bfloat16")
+    assert packed_bytes(given) == packed_bytes(wanted) and given.dtype == "bfloat16"
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["dtype"] == "bfloat16" and "quantization_config" not in said
+    assert 0 < found["layers"][0]["error"] < 0.01
+
+
 def test_errors_are_those_of_the_outputs(rng, tmp_path):
     """Against the definition: y of the float and of the packed weight, on the inputs of the unchanged model."""
     model = small.model(rng)
