@@ -93,7 +93,8 @@ def report(model: Model, made: Mapping[str, Any], text: str, progress: bool = Tr
     size = min(model.context, _CHUNK)
     chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
     weights = dict(model.parameters())
-    new = {path: _tensor(each) for path, each in made.items() if _changed(each, weights[path])}
+    matrices = {path: each for path, each in made.items() if each.ndim == 2}
+    new = {path: _tensor(each) for path, each in matrices.items() if _changed(each, weights[path])}
     # What a model with packed weights has when it is loaded.
     cache_dtype = "float16" if any(isinstance(each, Words) for each in made.values()) else None
     beside, losses = _Beside(model, new), {"before": 0.0, "after": 0.0}

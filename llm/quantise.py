@@ -128,8 +128,9 @@ def quantise(
     """Write `model` with its linear layers as `to` (q4, q8) into the new folder `out`; give the report.
 
     A float type is that of all weights. `keep`: choices for some, such as "layers.0.*=q8", or "lm_head", which stays
-    as it is. `llm.load(out)` needs no flag: packed matrices are held to the bit, floats in the type of most. The report, also `report.json` there, has what packing does to each layer's
-    output on `text`, by default a short one: see `llm.calibration.report`.
+    as it is. `llm.load(out)` needs no flag: packed matrices are held to the bit, floats in the type of most.
+    The report, also `report.json` there, has what packing does to each layer's output on `text`, by default a short
+    one: see `llm.calibration.report`.
     Raises UserError for what is not understood, and where `out` exists; then, and when interrupted, nothing is left.
     """
     from .calibration import TEXT, report, save

@@ -255,19 +255,10 @@ def test_settings_that_are_not_understood(rng, tmp_path, key, value):
 
 def test_settings_that_are_off_or_about_training(rng, tmp_path):
     model = small.model(rng)
-    quiet: dict[str, Any] = {
-        "use_dora": False,
-        "lora_dropout": 0.3,
-        "modules_to_save": None,
-        "loftq_config": {},
-        "of_tomorrow": None,
-    }
-    more: dict[str, Any] = {
-        "init_lora_weights": "gaussian",
-        "megatron_core": "megatron.core",
-        "base_model_name_or_path": "x/y",
-    }
-    llm.load_adapter(model, adapter(rng, model, tmp_path / "a", **quiet, **more))
+    off: dict[str, Any] = {"use_dora": False, "modules_to_save": None, "loftq_config": {}, "of_tomorrow": None}
+    training: dict[str, Any] = {"init_lora_weights": "gaussian", "lora_dropout": 0.3}
+    about: dict[str, Any] = {"megatron_core": "megatron.core", "base_model_name_or_path": "x/y"}
+    llm.load_adapter(model, adapter(rng, model, tmp_path / "a", **off, **training, **about))
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
