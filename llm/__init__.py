@@ -1,5 +1,6 @@
 """Limpid's models: load one, call it, change it, generate with it. `llm.load("tiny")` is the embedded one."""
 
+from .adapters import Adapter, load_adapter
 from .cache import Cache
 from .errors import UserError
 from .load import load
@@ -10,6 +11,7 @@ from .sampling import Sampling
 from .tokenizer import Tokenizer
 
 __all__ = [
+    "Adapter",
     "Cache",
     "Embedding",
     "Linear",
@@ -20,5 +22,6 @@ __all__ = [
     "Tokenizer",
     "UserError",
     "load",
+    "load_adapter",
     "register",
 ]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,6 +12,8 @@ import typer
 from ops import KernelError, OpError, store, target
 
 from .errors import UserError
+from .terminal import closing_line, piped_in, printed, text_of
+from .tree import size
 
 app = typer.Typer(
     help="An LLM runtime you can step through.",
@@ -80,17 +79,24 @@ def generate(
     cache_dtype: CacheDType = None,
     device: Device = "cpu",
     revision: Revision = None,
+    adapter: Annotated[
+        list[str] | None, _option("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's layout; may be repeated")
+    ] = None,
 ) -> None:
     """Write a text that goes on from PROMPT. Without arguments: a story from the embedded model."""
+    from .adapters import load_adapter
+
     if prompt is not None and prompt_option is not None:
         raise UserError("the prompt is given twice, as an argument and by --prompt: give it once")
     text = prompt if prompt is not None else prompt_option
-    text = _stdin() if text == "-" else text or ""
+    text = piped_in() if text == "-" else text or ""
     loaded = _load(model, dtype, weights, device, revision)
+    for each in adapter or ():
+        load_adapter(loaded, each)
     options = _sampling(temp, top_k, top_p, min_p, repetition_penalty, seed)
     stream = loaded.stream(text, max_tokens=max_tokens, cache_dtype=cache_dtype, **options)
-    _print(stream, text)
-    _closing_line(stream)
+    printed(stream, text)
+    closing_line(stream)
 
 
 @app.command()
@@ -130,8 +136,8 @@ def chat(
             continue
         messages.append({"role": "user", "content": said})
         stream = conversation.answer(messages, max_tokens=max_tokens, **options)
-        messages.append({"role": "assistant", "content": _print(stream).strip()})
-        _closing_line(stream)
+        messages.append({"role": "assistant", "content": printed(stream).strip()})
+        closing_line(stream)
 
 
 @app.command()
@@ -216,6 +222,50 @@ def _reference(model: str, ref: str, revision: str | None) -> Any:
 
 
 @app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="tiny, a folder, a .gguf or llama2.c .bin, or a Hub name")
+    ],
+    out: Annotated[str, _option("--out", "-o", metavar="DIR", help="a folder that is not there yet")],
+    to: Annotated[str, _option("--to", metavar="TYPE", help="q4, q8 or a float type")] = "q4",
+    keep: Annotated[
+        list[str] | None,
+        _option("--keep", metavar="PATH=TYPE", help="otherwise for some: 'layers.0-3=q8'; without =TYPE: as stored"),
+    ] = None,
+    text: Annotated[str | None, _option("--text", metavar="FILE", help="what errors are measured on")] = None,
+    rows: Annotated[int, _option("--rows", metavar="N", help="how many layers to list")] = 20,
+    revision: Revision = None,
+) -> None:
+    """Pack a model's matrices into DIR, in Hugging Face's layout, and say what that does to each layer."""
+    from .calibration import show
+    from .quantise import quantise
+    from .writing import check_new
+
+    check_new(out)  # said before a large model is read
+    calibration = None if text is None else text_of(text)
+    found = quantise(_load(model, None, None, "cpu", revision), to, out, keep or (), calibration)
+    show(found, max(rows, 0))
+    typer.echo(f"wrote {out}, {size(found['bytes'])} of weights")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="tiny, a folder, a .gguf or llama2.c .bin, or a Hub name")
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="a new file, NAME.gguf, or else a new folder")],
+    type: Annotated[
+        str | None,
+        _option("--type", metavar="TYPE", help="matrices as f32, f16, bf16, q8_0 or q4_0; default: as stored"),
+    ] = None,
+) -> None:
+    """Write a model as a GGUF file, or in Hugging Face's layout, with its tokenizer and chat template."""
+    from .convert import convert as run
+
+    typer.echo(f"wrote {run(source, out, type)}")
+
+
+@app.command()
 def cache(
     action: Annotated[str, typer.Argument(metavar="ACTION", help="show or clear")] = "show",
 ) -> None:
@@ -266,14 +316,6 @@ def replay(
     raise typer.Exit(found.code)
 
 
-def _stdin() -> str:
-    """What is piped in, without the newline at its end."""
-    try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not {error.encoding} text: {error.reason} at byte {error.start}") from None
-
-
 def _tools() -> Any:
     from debug import overhead
 
@@ -295,65 +337,6 @@ def _sampling(temp: float, top_k: int, top_p: float, min_p: float, penalty: floa
         "repetition_penalty": penalty,
         "seed": seed,
     }
-
-
-def _print(stream: Any, prompt: str = "") -> str:
-    """Print the prompt and the pieces as they come; Ctrl-C ends the text, not the program."""
-    said, waiting = "", prompt  # the prompt waits for the first piece: until then a progress bar has the line
-    with _ctrl_c() as pressed:
-        try:
-            for piece in stream:
-                said += piece
-                text, waiting = waiting + piece, ""  # first, so that an interrupted write does not say it again
-                sys.stdout.write(text)
-                sys.stdout.flush()
-                if pressed:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            stream.finish_reason = "interrupted"
-    sys.stdout.write(waiting + "\n")
-    sys.stdout.flush()
-    return said
-
-
-@contextlib.contextmanager
-def _ctrl_c() -> Iterator[list[int]]:
-    """Ctrl-C raises KeyboardInterrupt, and is noted: Python drops, and tells of, what is raised in a finalizer."""
-    pressed: list[int] = []
-    handler, tell = signal.getsignal(signal.SIGINT), sys.unraisablehook
-
-    def interrupt(number: int, frame: Any) -> None:
-        pressed.append(number)
-        signal.default_int_handler(number, frame)
-
-    def dropped(what: Any) -> None:
-        if not isinstance(what.exc_value, KeyboardInterrupt):
-            tell(what)
-
-    if handler is not signal.default_int_handler:  # ignored, as under nohup, or another's
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    sys.unraisablehook = dropped
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        sys.unraisablehook = tell
-
-
-def _closing_line(stream: Any) -> None:
-    """Speed of prefill and decode, on standard error, so that a pipe carries the text alone."""
-    decoded = max(len(stream.tokens) - 1, 0)
-    read = stream.prompt_tokens
-    parts = [f"{read} prompt token{'' if read == 1 else 's'}", f"{len(stream.tokens)} generated"]
-    if stream.prefill_seconds:
-        parts.append(f"prefill {read / stream.prefill_seconds:.1f} tokens/s")
-    if decoded and stream.decode_seconds:
-        parts.append(f"decode {decoded / stream.decode_seconds:.1f} tokens/s")
-    if stream.finish_reason == "interrupted":
-        parts.append("interrupted")
-    typer.echo(", ".join(parts), err=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

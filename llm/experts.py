@@ -73,6 +73,7 @@ def unstacked(named: Mapping[str, np.ndarray], count: int, of: str = "experts") 
         if not found or (before and not before.endswith(".")):  # `shared_experts` are no such list
             result[name] = array
             continue
-        for i, part in enumerate(np.split(np.asarray(array), count)):
-            result[f"{before}{of}.{i}.{after}"] = part
+        rows = array.shape[0] // count
+        for i in range(count):
+            result[f"{before}{of}.{i}.{after}"] = array[i * rows : (i + 1) * rows]
     return result

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +26,7 @@ from .nn import load_parameters
 from .rope import Rope
 from .tokenizer import Tokenizer
 from .weights import checkpoint_files, pack_all, read_directory, read_llama2c, resolve, unquantized, write_directory
+from .writing import new_folder
 
 _OF_LAYERS = {"layer_types": "layer_type", "no_rope_layers": "use_rope"}  # lists in a config -> what a layer knows
 
@@ -86,7 +85,8 @@ def outline(name_or_path: str | os.PathLike[str], weights: str | None = None) ->
 def _load_directory(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
     raw, tensors = unquantized(_read_config(path / "config.json"), read_directory(path))
     _check_counts(raw, tensors)
-    model = build(raw, dtype or _stored_dtype(tensors), weights)
+    floats = {name: array for name, array in tensors.items() if getattr(array, "form", None) is None}
+    model = build(raw, dtype or _stored_dtype(floats or tensors), weights)
     _fill(model, tensors, checkpoint_files(path), progress, as_stored=weights is None)
     if (path / "tokenizer.json").exists():
         model.tokenizer = Tokenizer.from_directory(path)
@@ -105,7 +105,7 @@ def _check_counts(raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
 def _load_llama2c(path: Path, dtype: str | None, weights: str | None, progress: bool) -> Model:
     raw, tensors = read_llama2c(path)
     model = build(raw, dtype or "float32", weights)
-    _fill(model, tensors, [path], progress)
+    _fill(model, dict(model.from_checkpoint(tensors)), [path], progress)
     usual = [path.with_name(name) for name in (f"tok{model.config.vocab_size}.bin", "tokenizer.bin")]
     beside = [each for each in usual if each.exists()] or sorted(path.parent.glob("tok*.bin"))
     if beside:
@@ -198,28 +198,26 @@ def save(model: Model, directory: Path) -> Path:
     """Write config, weights and tokenizer in Hugging Face's layout: into a folder beside `directory`, then renamed."""
     tensors = dict(model.to_checkpoint({name: weight.numpy() for name, weight in model.named_tensors().items()}))
     values = config_values(model)
-    _check_expressible(model, values)
+    check_expressible(model, values)
     directory = directory.expanduser().absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory; choose another place to save to")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        work.chmod(0o755)
-        (work / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-        write_directory(work, tensors)
-        if model.tokenizer is not None:
-            model.tokenizer.save(work)
-        if directory.exists():
-            directory.rmdir()
-        work.rename(directory)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+    with new_folder(directory) as work:
+        write_checkpoint(work, values, tensors, model.tokenizer)
     return directory
 
 
-def _check_expressible(model: Model, values: dict[str, Any]) -> None:
+def write_checkpoint(
+    folder: Path, values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], tokenizer: Tokenizer | None
+) -> None:
+    """What a folder in Hugging Face's layout consists of."""
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    write_directory(folder, tensors)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def check_expressible(model: Model, values: dict[str, Any]) -> None:
     """Raises UserError when the config would give other weights than the model has: loading would fail."""
     wanted = {name: spec.shape for name, spec in build(values).parameters()}
     given = {name: weight.shape for name, weight in model.parameters()}

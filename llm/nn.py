@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from ops.quantize import KNOWN
 
 from . import rope
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from .adapters import Delta
 
 _SLOW_LOAD = 64 * 2**20  # bytes above which loading shows its progress
 
@@ -137,14 +140,20 @@ class ModuleList(list):
 
 
 class Linear(Module):
-    """y = x @ weight.T + bias. weight: [outputs, inputs]."""
+    """y = x @ weight.T + bias, and what adapters add (`llm.load_adapter`). weight: [outputs, inputs]."""
+
+    _deltas: tuple[Delta, ...] = ()
+    _merged: Any = None  # what adapters were merged into the weight
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, dtype: str = "float32"):
         self.weight: Any = Spec((outputs, inputs), dtype)
         self.bias: Any = Spec((outputs,), dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        y = ops.linear(x, self.weight, self.bias)
+        for delta in self._deltas:
+            y = delta.added(x, y)
+        return y
 
 
 class RMSNorm(Module):

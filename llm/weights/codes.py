@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Codes(Lazy):
         self, codes: Callable[[], np.ndarray], scales: np.ndarray, zeros: np.ndarray | int, index: np.ndarray, bits: int
     ):
         super().__init__((scales.shape[0], len(index)), self._values, scales.dtype)
-        self._codes, self._scales, self._zeros, self._index = codes, scales, zeros, index
+        self._codes, self._scales, self._zeros, self._index, self.bits = codes, scales, zeros, index, bits
         self.form = _FORMS[bits].name if bits in _FORMS and self._packs(bits) else None
 
     def _packs(self, bits: int) -> bool:
@@ -38,6 +39,24 @@ class Codes(Lazy):
                 and np.all(self._zeros == 2 ** (bits - 1))
                 and np.array_equal(self._scales.astype("float16").astype("float64"), self._scales.astype("float64"))
             )
+
+    def below(self, others: Sequence[Any]) -> Codes | None:
+        """This and others, one below the other; None where they are not of one kind, or have zeros of their own."""
+        parts = [self, *others]
+        for each in parts:
+            alike = isinstance(each, Codes) and (each.bits, each.dtype) == (self.bits, self.dtype)
+            if not alike or not np.array_equal(each._index, self._index) or not np.all(each._zeros == self._zeros):
+                return None
+            if not isinstance(each._zeros, int):
+                return None
+        scales = np.concatenate([each._scales for each in parts])
+        return Codes(
+            lambda: np.concatenate([each._codes() for each in parts]), scales, self._zeros, self._index, self.bits
+        )
+
+    def codes(self) -> np.ndarray:
+        """uint8 [rows, inputs]."""
+        return self._codes()
 
     def _values(self) -> np.ndarray:
         zeros = self._zeros if isinstance(self._zeros, int) else self._zeros.astype("int16")[:, self._index]

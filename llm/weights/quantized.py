@@ -249,11 +249,14 @@ def _compressed(settings: Mapping[str, Any], tensors: Tensors, dtype: Any) -> Te
     if not isinstance(groups, Mapping) or not all(isinstance(each, Mapping) for each in groups.values()):
         raise ConfigError("compressed-tensors: config_groups is missing")
     _only(settings, "compressed-tensors", quantization_status=("compressed", "frozen"), kv_cache_scheme=(None,))
-    kinds = [each.get("weights") for each in groups.values()]
-    if not kinds or not all(isinstance(each, Mapping) and each == kinds[0] for each in kinds):
+    kinds, form = [each.get("weights") for each in groups.values()], settings.get("format")
+    if not kinds or not all(isinstance(each, Mapping) for each in kinds):
+        raise ConfigError("compressed-tensors: a group of modules does not say how its weights are held")
+    for each in kinds:
+        _only(each, "compressed-tensors", type=("int", "float"), strategy=("group", "channel", "tensor", "block"))
+    if form != "pack-quantized" and any(each != kinds[0] for each in kinds):
         raise ConfigError("compressed-tensors: groups of modules with differing weights are not supported")
-    weights, form = kinds[0], settings.get("format")
-    _only(weights, "compressed-tensors", type=("int", "float"), strategy=("group", "channel", "tensor", "block"))
+    weights = kinds[0]
     if (
         isinstance(settings.get("sparsity_config"), Mapping)
         and settings["sparsity_config"].get("format", "dense") != "dense"
@@ -264,7 +267,7 @@ def _compressed(settings: Mapping[str, Any], tensors: Tensors, dtype: Any) -> Te
     }
     if form == "pack-quantized":
         parts = ("weight_scale", "weight_shape", "weight_zero_point?", "weight_g_idx?")
-        return _replaced(tensors, "weight_packed", parts, partial(_packed, weights), "compressed-tensors")
+        return _replaced(tensors, "weight_packed", parts, partial(_packed, _by_name(groups)), "compressed-tensors")
     if form not in ("int-quantized", "float-quantized", "naive-quantized"):
         raise ConfigError(
             f"compressed-tensors: format {form!r:.60} is not supported; supported are pack-quantized, int-quantized, "
@@ -280,10 +283,38 @@ def _compressed(settings: Mapping[str, Any], tensors: Tensors, dtype: Any) -> Te
     return _replaced(tensors, "weight_scale", ("weight", "weight_zero_point?"), make, "compressed-tensors")
 
 
+def _by_name(groups: Mapping[str, Mapping[str, Any]]) -> Callable[[str], Mapping[str, Any]]:
+    """The settings of a module's weights: of the group that names it, else of those that go by a class of modules."""
+    targets: list[tuple[Mapping[str, Any], Any]] = [(each["weights"], each.get("targets")) for each in groups.values()]
+    if not all(isinstance(listed, list) for _, listed in targets):
+        raise ConfigError("compressed-tensors: a group of modules has no list of targets")
+    named = {each: weights for weights, listed in targets for each in listed if isinstance(each, str)}
+    general = [weights for weights, listed in targets if "Linear" in listed]
+    alone = targets[0][0] if all(weights == targets[0][0] for weights, _ in targets) else None
+
+    def weights_of(module: str) -> Mapping[str, Any]:
+        if alone is not None:
+            return alone
+        if module in named:
+            return named[module]
+        if len(general) != 1:
+            raise ConfigError(f"compressed-tensors: which group {module} belongs to is not said by its name or class")
+        return general[0]
+
+    return weights_of
+
+
 def _packed(
-    settings: Mapping[str, Any], _: str, weight: np.ndarray, scales: np.ndarray, shape: Any, zeros: Any, given: Any
+    weights_of: Callable[[str], Mapping[str, Any]],
+    module: str,
+    weight: np.ndarray,
+    scales: np.ndarray,
+    shape: Any,
+    zeros: Any,
+    given: Any,
 ) -> Codes:
     """Signed codes plus 8 or 128, eight or four in a word along the inputs; zeros likewise, along the outputs."""
+    settings = weights_of(module)
     _only(settings, "compressed-tensors", num_bits=(4, 8))
     bits, (rows, inputs) = settings.get("num_bits", 4), (int(each) for each in shape)
     _fits(weight.shape == (rows, -(-inputs * bits // 32)) and len(scales) == rows, f"the shape is {[rows, inputs]}")

@@ -20,7 +20,7 @@ import pytest
 
 import llm
 import ops
-from llm import cli
+from llm import cli, terminal
 from llm.weights import pack_all
 
 from . import small
@@ -324,7 +324,7 @@ def test_ctrl_c_that_python_drops_ends_the_text_too(capsys):
                 yield str(i)
 
     stream = Stream()
-    assert cli._print(stream, "text ") == "0123" and stream.finish_reason == "interrupted"
+    assert terminal.printed(stream, "text ") == "0123" and stream.finish_reason == "interrupted"
     assert capsys.readouterr().out == "text 0123\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

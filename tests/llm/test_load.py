@@ -392,5 +392,5 @@ def test_llama2c(tmp_path):
     content = (tmp_path / "stories260K.bin").read_bytes()
     (tmp_path / "stories260K.bin").write_bytes(content[:-4])
     assert "truncated" in refused(tmp_path / "stories260K.bin", CheckpointError)
-    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
-    assert "weights.gguf' is not a model" in refused(tmp_path / "weights.gguf", ModelNotFound)
+    (tmp_path / "weights.onnx").write_bytes(b"ONNX")
+    assert "weights.onnx' is not a model" in refused(tmp_path / "weights.onnx", ModelNotFound)

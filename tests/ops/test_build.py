@@ -379,7 +379,7 @@ def test_what_an_op_shows(source):
     assert "define " in op.source("llvm", Spec((2, 3), "float32"), by=2.5)
     assert ".text" in op.source("asm", Spec((2, 3), "float32"), by=2.5)
     assert "2.5" in op.source("c", Spec((2, 3), "float32"), by=2.5)
-    with pytest.raises(KernelError, match="no source in 'rust'; known are 'llvm', 'asm' and 'c'"):
+    with pytest.raises(KernelError, match="no source in 'rust'; known are 'llvm', 'asm', 'c', 'cuda'"):
         op.source("rust", Spec((2, 3), "float32"), by=2.5)
     assert op.plan((Spec((2, 3), "float32"),), {"by": 2.5}).request().specs == (Spec((n, 3), "float32"),)
     assert not build.log, "showing is not building"
