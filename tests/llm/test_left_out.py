@@ -12,6 +12,8 @@ import ops
 from tests import parity
 from tests.llm.full import SEED, error, expected, made, needs_the_extra, stored
 
+pytestmark = pytest.mark.families
+
 
 def zeros(first: Any, *_: Any, **__: Any) -> Any:
     return np.zeros_like(first)
