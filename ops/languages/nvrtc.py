@@ -120,6 +120,6 @@ def _done(nvrtc: Any, result: tuple) -> Any:
 
 def _text(nvrtc: Any, program: Any, what: str) -> bytes:
     """A result of a program, of the size that it tells."""
-    text = b" " * _done(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program))
-    _done(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))
-    return text
+    text = bytearray(_done(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program)))
+    _done(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))  # writes there, which no bytes may be given for
+    return bytes(text)

@@ -229,3 +229,10 @@ def test_assembly_that_only_a_gpu_runs():
         compiled(text, "k")
     said = "this compiles for a GPU, but the emulator cannot run it:\n" * nvrtc.available()
     assert str(raised.value).startswith(f"{said}/some/where/kernels.py:102: error: PTX runs on a GPU only")
+
+
+def test_a_compiler_writes_into_no_bytes_of_pythons():
+    """NVRTC fills the memory that it is given; an empty log is one byte long, and Python has but one object of each."""
+    pytest.importorskip("cuda.bindings.nvrtc", reason="needs NVIDIA's wheels: pip install -e '.[cuda]'")
+    made = nvrtc.compile('extern "C" __global__ void f(float* x) { x[0] = 1; }', "sm_90")
+    assert made.log == "" and [bytes([i])[0] for i in range(256)] == [*range(256)]
