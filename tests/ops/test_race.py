@@ -27,8 +27,7 @@ def failing(x, weight, *, eps, plus_one=False):
 def test_all_kernels_of_an_op(rng):
     x, weight = ops.tensor(random(rng, (3, 65), "float32")), ops.tensor(random(rng, (65,), "float32"))
     ops.rms_norm.swap("python")(norm)
-    for each in (unnormed, failing):
-        ops.rms_norm.swap("python", edge_cases=False, where="layers.7")(each)
+    ops.rms_norm.swap("python", edge_cases=False, where="layers.7")(failing)
     ops.rms_norm.swap("python", edge_cases=False, where="/rms_norm rows=7")(unnormed)
     race = ops.rms_norm.race(x, weight, eps=1e-6)
     found = {each.name: each for each in race.contenders}

@@ -102,7 +102,6 @@ SIGNATURES = {
     "const float* x, const float* weight": "no parameter out, which is where rms_norm puts its result",
     "const float* x, const float* out": r"takes const float\* out, which it cannot write; drop the const",
     "const float* x, float* out, int eps": "takes int eps, but eps of rms_norm is 1e-05, float",
-    "const float* x, float* out, float width": r"takes float width, but width of rms_norm is \d+, int",
     "const float* x, float* out, float weight": "takes float weight, but weight is a tensor of rms_norm",
     "const int* x, float* out": "block_norm: rms_norm: x is int32 and weight is float32; expected floats",
     "const float* x, float* out, struct params p": "params is not a type that is passed",

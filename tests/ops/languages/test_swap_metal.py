@@ -85,7 +85,7 @@ def test_a_body_alone_in_every_dtype(model):
         gate, up = (ops.tensor(np.random.default_rng().standard_normal((3, 50)).astype("float32"), dtype) for _ in "ab")
         before = body.checked
         ops.silu_mul(gate, up)
-        assert body.checked == before + 1 and not body.quarantined
+        assert body.checked == before + 1 and not body.trial.quarantined
 
 
 @pytest.mark.parametrize(
