@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from .. import store
 from ..spec import DTYPES
 from .base import Launch, LaunchError, Parameter, Program, SourceError, Value
 
+FOLDER = "/.limpid"  # what stands in debug information for the folder that a kernel was compiled in
 _SECONDS = 120  # after which a compiler is given up
 _COMPILERS = {"c": ("CC", ("cc", "gcc", "clang")), "c++": ("CXX", ("c++", "g++", "clang++"))}
 _UNSAFE = {"-ffast-math", "-Ofast", "-funsafe-math-optimizations"}
@@ -88,18 +90,25 @@ def _compile(text: str, language: str, command: Sequence[str], files: Sequence[P
         steps = [[*compiling, "-c", "-o", o, i] for o, i in zip(inputs, [source, *files], strict=True)]
         command = [flag for flag in command if flag not in _UNSAFE]
     library = folder / "kernel.so"
+    here = f"-fdebug-prefix-map={folder}={FOLDER}"  # the library is kept, and used from other folders too
     for step in (*steps, [*command, "-o", library, *inputs, "-lm"]):
-        _run([*map(str, step)], source)
+        _run([*map(_absolute, step), here], source)
     for path in {source, *inputs} - {*files}:
         with contextlib.suppress(OSError):
             path.unlink()
     return library
 
 
+def _absolute(argument: str | Path) -> str:
+    """A compiler's argument, said from the working folder, for one that works in another."""
+    found = re.match(r"(-[IL])(?!/)(.+)", str(argument))
+    return f"{found[1]}{os.path.abspath(found[2])}" if found else str(argument)
+
+
 def _run(command: list[str], source: Path) -> str:
     """What a compiler prints; raises SourceError with its complaints."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, cwd=source.parent)
     except subprocess.TimeoutExpired:
         raise SourceError(f"{command[0]} took more than {_SECONDS} s, and was stopped") from None
     if done.returncode:

@@ -10,6 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..languages.native import FOLDER
 from .arena import Layout
 
 _ERROR = re.compile(
@@ -166,5 +167,7 @@ def _bare(function: str) -> str:
 
 def _short(path: str) -> str:
     """As a person would write it: from the working directory, where the file is below that."""
+    if path.startswith(f"{FOLDER}/"):
+        return path.removeprefix(f"{FOLDER}/")
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path

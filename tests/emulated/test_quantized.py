@@ -5,7 +5,7 @@ import pytest
 
 import ops
 from ops import quantize, target
-from ops.quantize import FORMATS
+from ops.quantize import FORMATS, KNOWN
 from ops.spec import FLOATS
 from ops.tensor import tensor_from_packed
 from tests.ops.harness import check, random
@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.emulated, pytest.mark.usefixtures("emulator")]
 def forms(monkeypatch):
     """The formats of the tests are weight formats like q4 and q8: kernels are made from their description."""
     for name, form in FORMS.items():
-        monkeypatch.setitem(FORMATS, name, form)
+        for known in (FORMATS, KNOWN):  # what can be made of floats, and what can be held
+            monkeypatch.setitem(known, name, form)
 
 
 def weight(rng, rows, k, form):
