@@ -147,14 +147,13 @@ def _row(name: str, swap: Callable[[int], Any], call: Callable[[], Any]) -> dict
         return {"language": name} | empty | {"ran": str(error).splitlines()[0][:60]}
     finally:
         ops.restore()
-    emulated = getattr(used.kernel, "emulated", False)
     return {
         "language": name,
         "first_s": first,
         "again_s": statistics.median(again),
         "call_us": took["swapped"] / _CALLS * 1e6,
         "own_us": took["own"] / _CALLS * 1e6,
-        "ran": "emulated" if emulated else "here",
+        "ran": "emulated" if used.kernel.emulated else "here",
     }
 
 

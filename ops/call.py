@@ -147,6 +147,20 @@ class Kernel:
         self.name, self.origin, self.launch = name, origin, launch
         self.dtypes: dict[str, str] = {}  # of the op's arguments and outputs, by name, where the kernel fixes them
 
+    @property
+    def emulated(self) -> bool:
+        """Whether it runs on another machine than it is written for."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """Its language, and whether that is emulated."""
+        return f"{self.origin} emulated" if self.emulated else self.origin
+
+    def launch_here(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
+        """`launch` in this process, for a kernel that else runs in a sandbox."""
+        self.launch(call, outputs)
+
     def fits(self, call: Call) -> bool:
         """Whether the kernel is made for sizes like the call's."""
         return True
@@ -197,8 +211,14 @@ class Use:
 
     def remove(self) -> None:
         """The kernel from before is back. Removing twice is harmless."""
+        self._detach()
+
+    def _detach(self) -> bool:
+        """Out of the op's uses; gives whether it was among them."""
         with uses_lock:
+            was = self in self.op._uses
             self.op._uses = tuple(use for use in self.op._uses if use is not self)
+        return was
 
     def applies(self, call: Call) -> bool:
         """Whether it computes the call."""

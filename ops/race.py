@@ -131,8 +131,7 @@ def _sides(call: Call) -> dict[str, tuple[str, Run, Run]]:
         if use.where.fits(call) and kernel.fits(call):
             taken = {*sides, "reference", "torch"}
             name = kernel.name if kernel.name not in taken else f"{kernel.name} {len(sides)}"
-            emulated = " emulated" if getattr(kernel, "emulated", False) else ""
-            sides[name] = (kernel.origin + emulated, kernel.launch, getattr(kernel, "launch_here", kernel.launch))
+            sides[name] = (kernel.label, kernel.launch, kernel.launch_here)
     if op._reference is not None:
         sides["reference"] = ("numpy", _reference, _reference)
     if importlib.util.find_spec("torch") is not None and races_torch.knows(call):

@@ -143,25 +143,19 @@ class Swap(Use):
 
     def remove(self) -> None:
         """The kernel from before is back. Raises SelectorError when no call was ever meant; twice is harmless."""
-        if self._leave("removed") and not self.hits:
+        if self.discard("removed") and not self.hits:
             raise SelectorError(f"{self!r} was removed, and had not been used: no call of {self.op.name} was meant")
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
             self.remove()
         else:
-            self._leave("removed")
+            self.discard("removed")
 
-    def discard(self, why: str) -> None:
-        """Out of use, whether it was used or not; `why` is what its state says then."""
-        self._leave(why)
-
-    def _leave(self, why: str) -> bool:
-        with uses_lock:
-            was = self in self.op._uses
-            self.op._uses = tuple(use for use in self.op._uses if use is not self)
+    def discard(self, why: str) -> bool:
+        """Out of use, whether it was used or not; `why` is what its state says then. Gives whether it was in use."""
         self._gone = self._gone or why
-        return was
+        return self._detach()
 
     def reload(self) -> bool:
         """Take the text as it is now, when it differs and is right; raises what is wrong with it, and the kernel from
@@ -222,7 +216,7 @@ class Swap(Use):
                 if before is not None:
                     self.trial, self.kernel, self._before = before, before.kernel, None
             if before is None:
-                self._leave("refused")
+                self.discard("refused")
                 text = f"{self.name} is wrong at its first call, and was removed: {failure.what}"
                 raise SwapRefused(text) from failure.error
             self._warn(f"{self.name} was edited, and is wrong: the kernel from before is in use again: {failure.what}")
@@ -314,7 +308,7 @@ def restore() -> Table:
     found = installed()
     listing = table(found)
     for each in found:
-        each._leave("removed")
+        each.discard("removed")
     return listing
 
 
@@ -340,16 +334,12 @@ def table(swaps: list[Swap]) -> Table:
     """Swaps as a table, the first to be asked at the top."""
     rows = [
         (
-            each.name, each.op.name, each.recipe.language + (" emulated" if _emulated(each) else ""), repr(each.where),
+            each.name, each.op.name, each.kernel.label, repr(each.where),
             each.state, each.hits, each.checked, each.trial.microseconds,
         )
         for each in reversed(swaps)
     ]  # fmt: skip
     return Table("swaps, the first to be asked at the top", _COLUMNS, rows)
-
-
-def _emulated(swap: Swap) -> bool:
-    return getattr(swap.kernel, "emulated", False)
 
 
 @atexit.register

@@ -55,7 +55,7 @@ class Trial:
             number, self.calls = self.calls, self.calls + 1
         new = kind not in self._proven
         trusted = not schedule.checks or (not new and number >= schedule.first and not self.quarantined)
-        run = getattr(self.kernel, "launch_here", self.kernel.launch) if trusted else self.kernel.launch
+        run = self.kernel.launch_here if trusted else self.kernel.launch
         if schedule.means(number) or (new and schedule.checks):
             return self._checked(run, call, outputs, kind)
         begin = time.perf_counter()

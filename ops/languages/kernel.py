@@ -120,8 +120,8 @@ def _pick(binding: Binding, name: str, value: Any) -> Callable[[tuple, Any], Any
 class SourceKernel(Kernel):
     """A kernel of an op in some language, from its source text. `launch` compiles for a kind of call it has not met.
 
-    Raises SourceError for text that does not compile, SwapRefused for one that does not fit the op. `trusted` kernels
-    run in this process, others, of languages that can take it with them, in the sandbox.
+    Raises SourceError for text that does not compile, SwapRefused for one that does not fit the op. `launch` runs
+    languages that can take this process with them in the sandbox; `launch_here` is for what is proven.
     """
 
     def __init__(self, op: Op, language: Language, source: Source, shape: Shape, dims: Mapping[str, Any]):
@@ -134,8 +134,8 @@ class SourceKernel(Kernel):
         if self.declared is not None:
             self.binding.check_names(source.entry, self.declared)
             self.dtypes = {each.name: each.dtype for each in self.declared if each.pointer and each.dtype}
-        self.trusted = not (language.untrusted and language.options.sandbox)
-        if not self.trusted:
+        self._sandboxed = language.untrusted and language.options.sandbox
+        if self._sandboxed:
             from .. import sandbox
             from ..sandbox import remote
 
@@ -165,7 +165,7 @@ class SourceKernel(Kernel):
         return _Compiled(source, parameters, self.language.compile(source, parameters))
 
     def _launch(self, call: Call, outputs: tuple[Tensor, ...]) -> None:
-        if self.trusted:
+        if not self._sandboxed:
             self.launch_here(call, outputs)
             return
         ready = self._prepared(call, outputs)

@@ -46,7 +46,9 @@ class TritonKernel(Kernel):
     error all the same.
     """
 
-    emulated = True
+    @property
+    def emulated(self) -> bool:
+        return True
 
     def __init__(self, op: Op, language: Triton, function: Any, shape: Shape, dims: Mapping[str, Any]):
         name = plain(function).__name__

@@ -92,7 +92,6 @@ def test_every_op_runs_on_pocl_and_agrees_with_its_reference(name, dtype):
     assert kernels
 
 
-@pytest.mark.skipif(not hasattr(cuda, "emulated"), reason="this emulator does not know TVM's text yet")
 @pytest.mark.parametrize(
     ("name", "dtype"), [*_WIDE, *((name, dtype) for name in _BROKEN_ONCE for dtype in ("float16", "bfloat16"))]
 )
