@@ -363,7 +363,7 @@ def test_command(limpid, rng, tmp_path):
 def test_peft_computes_the_same(rng, tmp_path, settings):
     torch = pytest.importorskip("torch", reason="the parity extra is not installed")
     transformers = pytest.importorskip("transformers", reason="the parity extra is not installed")
-    peft = pytest.importorskip("peft", reason="not installed: pip install peft")
+    peft = pytest.importorskip("peft", reason="not installed: pip install -e '.[parity]'")
     source = small.model(rng).save(tmp_path / "source")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     config = peft.LoraConfig(r=4, init_lora_weights=False, **settings)

@@ -246,9 +246,11 @@ def test_command(limpid, rng, tmp_path):
 
 def test_transformers_reads_it(rng, tmp_path):
     """The very weights, unpacked by compressed-tensors' own code."""
-    pytest.importorskip("compressed_tensors", reason="not installed")
+    pytest.importorskip("compressed_tensors", reason="not installed: pip install -e '.[parity]'")
     import torch
-    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    from compressed_tensors.compressors.pack_quantized.helpers import (  # pyright: ignore[reportMissingImports]
+        unpack_from_int32,
+    )
 
     model = small.model(rng)
     quantise(model, "q4", tmp_path / "out", ["layers.0=q8"], TEXT, progress=False)
