@@ -180,7 +180,7 @@ class Dry(ops.Interceptor):
     """Supplies zeros instead of launching, for a forward of which only the flow is wanted."""
 
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
-        outputs = tuple(ops.zeros(spec.shape, spec.dtype) for spec in call.outputs)
+        outputs = tuple(ops.zeros(spec) for spec in call.outputs)
         return outputs[0] if len(outputs) == 1 else outputs or None
 
 

@@ -135,7 +135,9 @@ class _Recorder(ops.Interceptor):
             self.unaligned.add(call.address)
             return output
         kept = {
-            name: Held(ops.tensor(found[name].copy())) if name in call.written else self._keeper.keep(tensor, made=True)
+            name: Held(ops.tensor(found[name].copy(), device=tensor.device))
+            if name in call.written
+            else self._keeper.keep(tensor, made=True)
             for name, tensor in results(call, output).items()
         }
         inputs = {name: self._keeper.keep(call.inputs[name], made=False) for name in row_inputs(call)}
@@ -222,7 +224,7 @@ class _Cut(ops.Interceptor):
             tensor.numpy()[self.first : self.first + self.count] = given[name]
         names = [name for name in found if name not in call.written]
         fresh = [
-            ops.tensor(given[name].reshape(spec.shape).copy())
+            ops.tensor(given[name].reshape(spec.shape).copy(), device=spec.device)
             for name, spec in zip(names, call.outputs, strict=True)
         ]  # fmt: skip
         return fresh[0] if len(fresh) == 1 else tuple(fresh) or None

@@ -89,7 +89,7 @@ class Definitions(ops.Interceptor):
 
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         results = self.compute(call)
-        outputs = [ops.empty(spec.shape, spec.dtype) for spec in call.outputs]
+        outputs = [ops.empty(spec) for spec in call.outputs]
         for tensor, result in zip((*outputs, *call.written.values()), results, strict=True):
             self.put(tensor, result.astype("float64") if tensor.dtype in FLOATS else result)
         self.written |= {begin(each): each for each in call.written.values()}

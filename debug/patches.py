@@ -104,7 +104,7 @@ class Patch(Tool):
             make = _function if callable(change) else _replacement
             made = make(what, tensor, change, self._rows)
             _check_kind(what, spec, made)
-            result = ops.empty(spec.shape, spec.dtype)
+            result = ops.empty(spec)
             np.copyto(result.numpy(), before)
             np.copyto(result.numpy(), made.astype(DTYPES[spec.dtype]), where=chosen)
         return result

@@ -11,7 +11,7 @@ from ops.spec import DTYPES, FLOATS
 
 def poison(*specs: Spec) -> None:
     """Leave memory in the pool that holds NaN, or the least integer: the next tensors of these specs start from it."""
-    stale = [ops.empty(spec.shape, spec.dtype, spec.device) for spec in specs]
+    stale = [ops.empty(spec) for spec in specs]
     for each in stale:
         worst = np.nan if each.dtype in FLOATS else np.iinfo(DTYPES[each.dtype]).min
         each.numpy()[...] = (

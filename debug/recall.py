@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-import ops
 from ops import Call, OpError, Spec, Tensor
 from ops.op import registry
 from ops.scope import Scope
@@ -40,6 +40,6 @@ def launched(call: Call) -> tuple[Call, Any]:
     """Launch a call on copies of the arguments that it writes: the call with them, and what it gave."""
     written = call.written
     fresh = call.replace(
-        tuple(ops.tensor(value.numpy().copy()) if name in written else value for name, value in call.inputs.items())
+        tuple(copy.deepcopy(value) if name in written else value for name, value in call.inputs.items())
     )
     return fresh, call.op._launch(call.op.plan(fresh.args, fresh.constants), fresh)

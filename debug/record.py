@@ -85,7 +85,7 @@ def from_bytes(data: np.ndarray, spec: Spec) -> Tensor:
     """The tensor of `spec` over uint8 [nbytes]."""
     if spec.format is not None:
         return ops.tensor_from_packed(data, spec)
-    return ops.tensor(data.view(DTYPES[spec.dtype]).reshape(spec.shape))
+    return ops.tensor(data.view(DTYPES[spec.dtype]).reshape(spec.shape), device=spec.device)
 
 
 class Where(NamedTuple):

@@ -318,7 +318,7 @@ def fitting(value: Any, spec: Spec, name: str) -> Tensor:
         array = np.broadcast_to(array, spec.shape)
     except ValueError:
         raise ops.ShapeError(f"{name} is {spec}; given shape {list(array.shape)}") from None
-    return ops.tensor(np.array(array, DTYPES[spec.dtype], order="C"))
+    return ops.tensor(np.array(array, DTYPES[spec.dtype], order="C"), device=spec.device)
 
 
 def _words(tensor: Tensor) -> np.ndarray:

@@ -34,7 +34,7 @@ class Moments:
     def __init__(self, tensor: Tensor):
         specs = Spec((4,), "float32"), Spec((2,), "int32")
         self._size, self._buffers = tensor.size, tuple(memory.allocate(spec) for spec in specs)
-        flat = tensor.reshape(-1)
+        flat = tensor.on_cpu().reshape(-1)
         moments.plan((flat,), {}).run(flat.buffer.data, *(each.data for each in self._buffers))
 
     def read(self) -> Statistics:

@@ -170,7 +170,9 @@ class _Checked(ops.Interceptor):
         self.probed.add(call.address)
         first = call.args[0].numpy().astype("float32")
         size = float(np.sqrt(np.mean(first**2))) or 1.0
-        small = ops.tensor(first * np.float32(np.sqrt(call.constants["eps"]) / size), call.args[0].dtype)
+        small = ops.tensor(
+            first * np.float32(np.sqrt(call.constants["eps"]) / size), call.args[0].dtype, call.args[0].device
+        )
         changed = call.replace((small, *call.args[1:]))
         self._judge(changed, Expected(changed), launch(changed))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from ops import Spec, build
+from ops import device as devices
 from ops.costs import Cost
 from ops.plan import Plan
 
@@ -30,16 +31,17 @@ clock = Clock()
 
 
 class Timed:
-    """A plan's compiled function while profiles time it."""
+    """A plan's compiled function while profiles time it, on a device to the end of its kernel."""
 
-    __slots__ = ("run",)
+    __slots__ = ("device", "run")
 
-    def __init__(self, run: Callable[..., Any]):
-        self.run = run
+    def __init__(self, run: Callable[..., Any], device: str):
+        self.run, self.device = run, device
 
     def __call__(self, *data: Any) -> None:
         begin = now()
         self.run(*data)
+        devices.wait(self.device)
         took = now() - begin
         clock.kernel += took
         clock.begin = begin
@@ -56,7 +58,7 @@ def start(plans: Iterable[Plan]) -> None:
             if plan not in _users:
                 if inspect.ismethod(plan.run):  # not built yet, and building is not the kernel's time
                     plan.run = build.function(plan.request())
-                plan.run = Timed(plan.run)
+                plan.run = Timed(plan.run, plan.request().device)
             _users[plan] = _users.get(plan, 0) + 1
 
 

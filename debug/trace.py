@@ -152,6 +152,7 @@ class Trace(Tool, Recording):
             return launch(call)
         started = time.perf_counter()
         output = launch(call)
+        ops.device.wait(call.device)
         record.seconds = time.perf_counter() - started
         self._look(record, call, output)
         return output

@@ -170,7 +170,9 @@ def _located(model: Any, wrong: dict[str, str], shapes: dict[str, np.ndarray]) -
     given = dict(model.parameters())
     try:
         for name, wanted in shapes.items():
-            model.set_parameter(name, ops.tensor(np.ascontiguousarray(wanted, DTYPES[model.dtype])))
+            model.set_parameter(
+                name, ops.tensor(np.ascontiguousarray(wanted, DTYPES[model.dtype]), device=model.device)
+            )
         uses = _Uses(model, wrong)
         with outermost(uses):
             model([0], model.new_cache())

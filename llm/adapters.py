@@ -154,7 +154,7 @@ class Adapter:
         total = plain.numpy().astype("float32")
         for each in deltas:
             total += each.b.numpy() @ each.a.numpy()
-        return _Merged(plain, ops.tensor(total.astype(DTYPES[plain.dtype])), deltas)
+        return _Merged(plain, ops.tensor(total.astype(DTYPES[plain.dtype]), device=plain.device), deltas)
 
     def _put(self, new: Mapping[str, _Merged]) -> None:
         for path, state in new.items():
@@ -193,7 +193,8 @@ def load_adapter(model: Any, path: str | os.PathLike[str]) -> Adapter:
     for name, (a, b) in found.items():
         scale = _scale(folder, config, name, a.shape[0], model)
         scaled = np.ascontiguousarray(b, "float32") * np.float32(scale)
-        adapter.deltas[name] = Delta(adapter, ops.tensor(np.ascontiguousarray(a, "float32")), ops.tensor(scaled))
+        down = ops.tensor(np.ascontiguousarray(a, "float32"), device=model.device)
+        adapter.deltas[name] = Delta(adapter, down, ops.tensor(scaled, device=model.device))
         adapter._linears[name] = modules[name]
     for name, linear in adapter._linears.items():
         linear._deltas = (*linear._deltas, adapter.deltas[name])

@@ -25,7 +25,7 @@ from .errors import UserError
 from .generate import prepare
 from .info import peak_memory
 from .load import build as build_model
-from .load import load, randomize
+from .load import check_device, load, randomize
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": True, "max_position_embeddings": 8192}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,9 @@ _COLD = 512 * 2**20  # bytes of weights to rotate through, at the least
 _PREFILL = 512
 
 
-def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool, tools: Callable[[], Any]) -> None:
+def run(
+    what: str, shape: str, dtype: str, weights: str | None, device: str, as_json: bool, tools: Callable[[], Any]
+) -> None:
     """Measure `what` and print it: JSON, or a table. Raises UserError for a name that is not known.
 
     `tools()` gives what the bench "debug" measures: by name what makes a debugging tool.
@@ -65,7 +67,11 @@ def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool, t
         raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
     if weights not in (None, *FLOATS, *FORMATS):
         raise UserError(f"weights {weights!r} are not supported; choose one of {', '.join((*FORMATS, *FLOATS))}")
-    case = Case(shape, dtype, weights or dtype)
+    if device != "cpu":
+        check_device(device)
+        if what not in ("decode", "prefill"):
+            raise UserError(f"bench {what} measures the CPU; on a device there are decode and prefill")
+    case = Case(shape, dtype, weights or dtype, device)
     result = {"bench": what} | case._asdict() | {"threads": ops.target.threads()} | benches[what](case)
     result.setdefault("peak_memory_bytes", peak_memory())
     if as_json:
@@ -76,17 +82,18 @@ def run(what: str, shape: str, dtype: str, weights: str | None, as_json: bool, t
 
 
 class Case(NamedTuple):
-    """What is measured: a model's shape by name, the dtype of activations, and how matrices are held."""
+    """What is measured: a model's shape by name, the dtype of activations, how matrices are held, and where."""
 
     shape: str
     dtype: str
     weights: str
+    device: str = "cpu"
 
     def model(self, filled: bool = True) -> Any:
         """The model: random weights, or specs where it need not be `filled`; the embedded one is what it is."""
         if self.shape == "tiny":
-            return load("tiny", dtype=self.dtype, weights=self.weights)
-        model = build_model(SHAPES[self.shape], self.dtype, self.weights)
+            return load("tiny", dtype=self.dtype, weights=self.weights, device=self.device)
+        model = build_model(SHAPES[self.shape], self.dtype, self.weights).to(self.device)
         return randomize(model) if filled else model
 
 
@@ -169,10 +176,13 @@ def decode(case: Case) -> dict[str, Any]:
         for context, times in _steps(model, caches, most=64, seconds=8.0 * len(caches)).items()
     ]
     compiles, peak = len(build.log), peak_memory()  # before the ceilings take memory of their own
-    floor = model.nbytes / ceilings.read_bandwidth()
+    bandwidth = ceilings.read_bandwidth() if case.device == "cpu" else ceilings.copy_bandwidth(case.device)
+    read = rows[0]["tokens_per_s"] * model.nbytes
     return {
         "tokens_per_s": rows[0]["tokens_per_s"],
-        "share_of_bandwidth": rows[0]["tokens_per_s"] * floor,
+        "gb_per_s": read / 1e9,
+        "bandwidth_gb_per_s": bandwidth / 1e9,
+        "share_of_bandwidth": read / bandwidth,
         "rows": rows,
         "weight_bytes": model.nbytes,
         "compiles": compiles,
@@ -190,6 +200,7 @@ def _steps(model: Any, caches: dict[int, Any], most: int, seconds: float) -> dic
         for context, cache in caches.items():
             started = time.perf_counter()
             model([1], cache, logits_to_keep=1)
+            ops.device.wait(model.device)
             times[context].append(time.perf_counter() - started)
     return {context: each[3:] for context, each in times.items()}
 
@@ -199,14 +210,15 @@ def prefill(case: Case) -> dict[str, Any]:
     model = case.model()
     tokens = min(_PREFILL, model.context)
     prepare(model, tokens)
-    seconds = interleaved({"prefill": lambda: model([1] * tokens, model.new_cache(), logits_to_keep=1)}, 4.0)["prefill"]
+    read = lambda: model([1] * tokens, model.new_cache(), logits_to_keep=1).numpy()  # noqa: E731 - to the end
+    seconds = interleaved({"prefill": read}, 4.0)["prefill"]
     compiles, peak = len(build.log), peak_memory()
     flops = 2 * tokens * sum(w.size for name, w in model.parameters() if w.ndim == 2 and "embed" not in name)
     return {
         "tokens": tokens,
         "tokens_per_s": tokens / seconds,
         "gflop_per_s": flops / seconds / 1e9,
-        "share_of_peak": flops / seconds / ceilings.fma_peak(),
+        "share_of_peak": flops / seconds / ceilings.fma_peak() if case.device == "cpu" else None,
         "compiles": compiles,
         "peak_memory_bytes": peak,
     }

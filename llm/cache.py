@@ -55,8 +55,9 @@ def _grown(buffer: Tensor | None, rows: Tensor, cache: Cache) -> Tensor:
 class Cache:
     """`Cache(limit)` for at most `limit` tokens. `len(cache)` is how many it holds; `cache[i]` is layer i.
 
-    `dtype` of the keys and values: float32, float16 or bfloat16, whatever the activations are; None is as they come.
-    What is beyond float16's range, 65504, becomes infinite in a float16 cache: bfloat16 has the range of float32.
+    `device` is the model's. `dtype` of the keys and values: float32, float16 or bfloat16, whatever the activations are;
+    None is as they come. What is beyond float16's range, 65504, becomes infinite in a float16 cache: bfloat16 has the
+    range of float32.
 
     `ids` are the tokens it holds. A model call takes room with `extend`, writes through the layers, and makes it count
     with `commit`: a call that is interrupted in between leaves the cache as it was. One sequence; activations are flat
@@ -64,11 +65,11 @@ class Cache:
     sequences.
     """
 
-    def __init__(self, limit: int, dtype: str | None = None):
+    def __init__(self, limit: int, dtype: str | None = None, device: str = "cpu"):
         if dtype not in (None, *FLOATS):
             raise UserError(f"cache dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
         self.limit = limit
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
         self.capacity = 0
         self.ids: list[int] = []
         self._layers: list[Layer] = []
@@ -102,8 +103,8 @@ class Cache:
         if length > self.capacity:
             self.capacity = min(max(length, 2 * self.capacity, _FIRST_CAPACITY), self.limit)
         if tokens == 1:
-            return ops.integer(start)
-        return ops.tensor(np.arange(start, length, dtype="int32"))
+            return ops.integer(start, self.device)
+        return ops.tensor(np.arange(start, length, dtype="int32"), device=self.device)
 
     def commit(self, ids: Tensor) -> None:
         """The tokens of the last `extend` are in: their ids, int32 [tokens]."""
@@ -117,13 +118,13 @@ class Cache:
 
     def copy(self) -> Cache:
         """An independent cache with the same content."""
-        twin = Cache(self.limit, self.dtype)
+        twin = Cache(self.limit, self.dtype, self.device)
         twin.ids, twin.capacity = [*self.ids], self.capacity
         for i, layer in enumerate(self._layers):
             twin[i].held = layer.held
             for name in ("keys", "values"):
                 if (buffer := getattr(layer, name)) is not None:
-                    fresh = ops.empty(buffer.shape, buffer.dtype, buffer.device)
+                    fresh = ops.empty(buffer.spec)
                     fresh.numpy()[: len(self)] = buffer.numpy()[: len(self)]
                     setattr(twin[i], name, fresh)
         return twin

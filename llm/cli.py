@@ -45,7 +45,9 @@ Weights = Annotated[
 CacheDType = Annotated[
     str | None, _option("--cache-dtype", metavar="TYPE", help="keys and values as float32, float16 or bfloat16")
 ]
-Device = Annotated[str, _option("--device", metavar="NAME", help="where to run: cpu")]
+Device = Annotated[
+    str, _option("--device", metavar="NAME", help="where to run: cpu, cuda, or emulate, a GPU's kernels on the CPU")
+]
 Revision = Annotated[str | None, _option("--revision", metavar="REV", help="branch, tag or commit on the Hub")]
 
 
@@ -164,12 +166,13 @@ def bench(
     shape: Annotated[str, _option("--shape", metavar="NAME", help="tiny, 135m, llama-1b or 3b")] = "tiny",
     dtype: Annotated[str, _option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16")] = "float32",
     weights: Weights = None,
+    device: Device = "cpu",
     json: Annotated[bool, typer.Option("--json", help="JSON on stdout, and nothing else there")] = False,
 ) -> None:
     """Measure this machine: medians over interleaved repetitions."""
     from .bench import run
 
-    run(what, shape, dtype, weights, json, _tools)
+    run(what, shape, dtype, weights, device, json, _tools)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import ops
-from ops import Spec, Tensor, memory, quantize
+from ops import OpError, Spec, Tensor, memory, quantize
 from ops.quantize import FORMATS
 from ops.spec import DTYPES, FLOATS
 
@@ -50,18 +50,28 @@ def load(
     `weights` is how matrices are held, whatever `dtype` the rest and the activations have: one of those, or "q4" or
     "q8", packed with 4 or 8 bits a value (`ops.quantize`) and kept in the disk cache; then `dtype` is float32 when it
     is not given, and a cache is float16.
-    Raises UserError: ModelNotFound, ConfigError, CheckpointError or TokenizerError.
+
+    `device` is where it runs: "cpu"; "cuda", an NVIDIA GPU; "emulate", such a GPU's kernels on the CPU, to see them
+    work without one: slow, for small models. Raises UserError: ModelNotFound, ConfigError, CheckpointError or
+    TokenizerError.
     """
     if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype {dtype!r} is not supported; choose one of {', '.join(FLOATS)}")
     if weights not in (None, *FLOATS, *FORMATS):
         raise UserError(f"weights {weights!r} are not supported; choose one of {', '.join((*FORMATS, *FLOATS))}")
-    if device != "cpu":
-        raise UserError(f"device {device!r} is not supported; this version runs on 'cpu'")
+    check_device(device)
     path = resolve(str(name_or_path), revision)
     dtype = "float32" if dtype is None and weights in FORMATS else dtype
     read = (_load_gguf if path.suffix == ".gguf" else _load_llama2c) if path.is_file() else _load_directory
-    return read(path, dtype, weights, progress)
+    return read(path, dtype, weights, progress).to(device)
+
+
+def check_device(name: str) -> None:
+    """Raises UserError where there is no such device."""
+    try:
+        ops.device.check(name)
+    except OpError as error:
+        raise UserError(str(error)) from None
 
 
 def outline(name_or_path: str | os.PathLike[str], weights: str | None = None) -> Model | None:
@@ -260,7 +270,7 @@ def randomize(model: Model, seed: int = 0) -> Model:
 
 
 def _ones(spec: Spec) -> Tensor:
-    return ops.tensor(np.ones(spec.shape, DTYPES[spec.dtype]))
+    return ops.tensor(np.ones(spec.shape, DTYPES[spec.dtype]), device=spec.device)
 
 
 def _repeated(block: np.ndarray, spec: Spec) -> Tensor:
@@ -271,7 +281,7 @@ def _repeated(block: np.ndarray, spec: Spec) -> Tensor:
         for start in range(0, data.size, piece.size):
             data[start : start + piece.size] = piece[: data.size - start]
         return ops.tensor_from_packed(data, spec)
-    result = ops.empty(spec.shape, spec.dtype)
+    result = ops.empty(spec)
     flat, source = result.numpy().reshape(-1), block.astype(DTYPES[spec.dtype])
     for start in range(0, flat.size, source.size):
         flat[start : start + source.size] = np.roll(source, start % 977)[: flat.size - start]

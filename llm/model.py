@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -39,12 +39,19 @@ class Model(Module):
     config: Any
     layers: Any
     dtype: str
+    device: str = "cpu"  # where it runs: `to` moves it
     cache_dtype: str | None = None  # what a new cache holds; None: as the keys come
     tokenizer: Tokenizer | None = None
 
     def new_cache(self, dtype: str | None = None) -> Cache:
         """An empty cache for this model. `dtype` as for `Cache`; None is the model's own `cache_dtype`."""
-        return Cache(self.context, dtype or self.cache_dtype)
+        return Cache(self.context, dtype or self.cache_dtype, self.device)
+
+    def to(self, device: str) -> Self:
+        """Move the model to a device, "cpu", "cuda" or "emulate"; caches made before stay where they are."""
+        super().to(device)
+        self.device = device
+        return self
 
     @property
     def context(self) -> int:
@@ -64,7 +71,7 @@ class Model(Module):
         if isinstance(given, str):
             raise UserError("ids are token ids, given text; use model.tokenizer.encode(text), or model.generate(text)")
         if type(given) is list and len(given) == 1 and type(given[0]) is int and 0 <= given[0] < self.config.vocab_size:
-            return ops.integer(given[0])  # a decode step
+            return ops.integer(given[0], self.device)  # a decode step
         if isinstance(given, Tensor):
             given = given.numpy()
         array = np.asarray(given)
@@ -74,7 +81,7 @@ class Model(Module):
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
             raise UserError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size}")
-        return ops.tensor(np.ascontiguousarray(array, "int32"))
+        return ops.tensor(np.ascontiguousarray(array, "int32"), device=self.device)
 
     def last(self, x: Tensor, count: int) -> Tensor:
         """The last `count` rows of x, all where there are not so many, or for 0. Raises UserError."""

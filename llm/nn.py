@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ops.progress import tracked
 from ops.quantize import KNOWN
 
 from . import rope
-from .errors import CheckpointError
+from .errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from .adapters import Delta
@@ -103,6 +103,20 @@ class Module:
             raise KeyError(f"{type(self).__name__} has no weight {path!r}") from None
         setattr(module, name, value)
 
+    def to(self, device: str) -> Self:
+        """Move all tensors to a device, "cpu", "cuda" or "emulate", one after the other. Gives the module itself.
+
+        Raises OpError where there is no such device, UserError while adapters are loaded.
+        """
+        ops.device.check(device)
+        modules = [module for _, module in self.modules()]
+        if any(isinstance(each, Linear) and (each._deltas or each._merged) for each in modules):
+            raise UserError("adapters do not move: remove them, and load them again on the other device")
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                object.__setattr__(module, name, _moved(value, device))
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
@@ -117,6 +131,17 @@ class Module:
         from .tree import html
 
         return html(self)
+
+
+def _moved(value: Any, device: str) -> Any:
+    """A tensor, or a named tuple of tensors, on the device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Spec):
+        return value.on(device)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_moved(each, device) for each in value))
+    return value
 
 
 class ModuleList(list):
@@ -211,10 +236,10 @@ class RotaryEmbedding:
 
     def at(self, positions: Tensor, length: int) -> Rotation:
         """For tokens at `positions`, the last of which makes `length` tokens in all."""
-        regime, made = rope.regime(self.parameters, length), self._made
+        regime, made = (rope.regime(self.parameters, length), positions.device), self._made
         if made is None or made[0] != regime:
             values, scale = rope.frequencies(self.parameters, length)
-            made = self._made = regime, ops.tensor(np.ascontiguousarray(values)), float(scale)
+            made = self._made = regime, ops.tensor(np.ascontiguousarray(values), device=positions.device), float(scale)
         return Rotation(positions, made[1], made[2], self.interleaved)
 
 

@@ -5,7 +5,7 @@ from . import threads
 threads.configure()  # TVM, which the others import, takes its settings from the environment
 
 from . import tvm_import  # noqa: F401  isort: skip
-from . import build, ceilings, memory, scope, select, spec, target
+from . import build, ceilings, device, memory, scope, select, spec, target
 from .attention import attention
 from .attention_steps import mix, scores, softmax_with_sinks
 from .call import Call, Kernel
@@ -83,6 +83,7 @@ __all__ = [
     "combine",
     "concat",
     "copy",
+    "device",
     "div",
     "div_by",
     "div_into",

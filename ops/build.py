@@ -19,6 +19,7 @@ import tvm
 from tvm import tirx
 from tvm.support import cc
 
+from . import device as devices
 from . import store, target
 from .digest import source_digest
 from .errors import KernelError
@@ -57,13 +58,21 @@ class Request:
     @property
     def arguments(self) -> str:
         given = zip(self.op.parameters, self.specs, strict=False)
-        shown = [f"{n}={v.__name__ if isinstance(v, type) else v}" for n, v in given if v is not None]
+        plain = [(n, v.on("cpu") if isinstance(v, Spec) else v) for n, v in given if v is not None]
+        shown = [f"{n}={v.__name__ if isinstance(v, type) else v}" for n, v in plain]
         return ", ".join(shown + [f"{n}={v!r}" for n, v in sorted(self.constants.items())])
+
+    @property
+    def device(self) -> str:
+        """Where it runs: where its tensors are."""
+        return next((each.device for each in self.specs if isinstance(each, Spec)), "cpu")
 
     @property
     def key(self) -> str:
         """A digest of all that the machine code depends on."""
-        parts = (self.op.name, self.arguments, source_digest(self.op.builders), target.describe(), _versions())
+        with devices.building(self.device):
+            machine = target.describe()
+        parts = (self.op.name, self.arguments, source_digest(self.op.builders), machine, _versions())
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
     @property
@@ -82,26 +91,26 @@ class Request:
         """The function to compile: the op's template where it has one that applies, else its scheduled blocks."""
         from .schedule import gpu
 
-        device = target.gpu()
-        template = self.op._templates.get("cpu" if device is None else "gpu")
-        if device is not None:
-            self._check_dtypes(device)
+        chosen = target.gpu()
+        template = self.op._templates.get("cpu" if chosen is None else "gpu")
+        if chosen is not None:
+            self._check_dtypes(chosen)
         function = self.build(template) if template else None
         if function is None:
             return self.rule_scheduled()
-        return function if device is None else gpu.narrow(function)
+        return function if chosen is None else gpu.narrow(function)
 
     def rule_scheduled(self) -> Any:
         """The blocks, scheduled by the rule, whether the op has a template or not."""
         from .schedule import cpu, gpu
 
-        device = target.gpu()
-        return cpu.schedule(self.blocks(), self._rows()) if device is None else gpu.schedule(self.blocks(), device)
+        chosen = target.gpu()
+        return cpu.schedule(self.blocks(), self._rows()) if chosen is None else gpu.schedule(self.blocks(), chosen)
 
-    def _check_dtypes(self, device: target.Gpu) -> None:
+    def _check_dtypes(self, chosen: target.Gpu) -> None:
         """Raise KernelError for an argument, or an output, that the GPU's language cannot hold."""
         try:
-            device.check(each.dtype for each in (*self.specs, *self.outputs) if isinstance(each, Spec))
+            chosen.check(each.dtype for each in (*self.specs, *self.outputs) if isinstance(each, Spec))
         except KernelError as error:
             raise KernelError(f"{self.op.name}({self.arguments}): {error}") from None
 
@@ -147,6 +156,13 @@ def function(request: Request) -> Callable:
 
 
 def _load_or_compile(request: Request, key: str) -> Callable:
+    if request.device != "cpu":
+        started = time.perf_counter()
+        with devices.building(request.device), named(request):
+            made = devices.find(request.device).function(request)
+        reason = f"for {request.device}"
+        log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
+        return made
     with store.kernels.locked(key):
         path, reason = store.kernels.find(key)
         if path is not None:
@@ -188,8 +204,8 @@ def _write(module: Any, folder: Path) -> Path:
 
 def compiled_for_cpu(request: Request) -> Any:
     """What TVM makes of the kernel for the CPU at hand, or the one of `target.building_for`."""
-    if (device := target.gpu()) is not None:
-        raise KernelError(f"{request.op.name}: kernels for {device.language} are built by ops.cross, and not run here")
+    if (chosen := target.gpu()) is not None:
+        raise KernelError(f"{request.op.name}: kernels for {chosen.language} are built by ops.cross, and not run here")
     with named(request):
         primfunc = request.scheduled()
         _check_alignment(request.op.name, primfunc)

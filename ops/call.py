@@ -76,6 +76,11 @@ class Call:
         return (self._plan or self.op.plan(self.args, self.constants)).outputs
 
     @property
+    def device(self) -> str:
+        """Where its tensors are."""
+        return next((each.device for each in self.args if isinstance(each, Tensor)), "cpu")
+
+    @property
     def written(self) -> dict[str, Tensor]:
         """The arguments that the kernel writes, by name; an absent one is left out."""
         inputs = self.inputs

@@ -16,6 +16,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from . import device as devices
 from . import target
 from .schedule import vector
 from .schedule.vector import Register, i64
@@ -37,6 +38,20 @@ def read_bandwidth() -> float:
     parts = itertools.cycle(np.split(values.view("uint8"), _PARTS))
     read = reader(_BYTES // _PARTS)
     return _BYTES / _PARTS / _best(lambda: read(next(parts)))
+
+
+@functools.cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a device reads and writes, by a copy kernel over memory of its own."""
+    from .pointwise import copy  # ops stand on this file
+
+    source = zeros((_BYTES // 4 if device != "emulate" else _BYTES // 2**12,), device=device)
+
+    def run() -> None:
+        copy(source)
+        devices.wait(device)
+
+    return 2 * source.nbytes / _best(run)
 
 
 def reader(nbytes: int) -> Callable[[np.ndarray], None]:

@@ -8,6 +8,8 @@ the disk cache for the device that comes, by the target among others (`target.bu
 from __future__ import annotations
 
 import base64
+import contextvars
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tvm
+import tvm_ffi
+from tvm import ir, tirx
 from tvm.tirx.build import split_host_device_mods
 
 from . import build, store, target
@@ -26,6 +30,10 @@ from .target import Gpu
 
 if TYPE_CHECKING:
     from .build import Request
+
+
+_only_text: contextvars.ContextVar[bool] = contextvars.ContextVar("only_text", default=False)
+CPU, _DEVICE_TYPE = 1, 10  # DLPack's number of the CPU; TVM's of the field that says where a tensor is
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,12 @@ def lower(primfunc: Any, gpu: Gpu) -> Lowered:
 
 def text_of(device: tvm.IRModule, device_target: Any) -> str:
     """Source text of functions for a device."""
-    text = tvm.get_global_func(f"target.build.{device_target.kind.name}")(device, device_target).inspect_source()
+    _compile_on_demand()
+    token = _only_text.set(True)
+    try:
+        text = tvm.get_global_func(f"target.build.{device_target.kind.name}")(device, device_target).inspect_source()
+    finally:
+        _only_text.reset(token)
     # All threads of a warp come to each shuffle; after a branch, those that happen to be active may be fewer.
     text = text.replace("__activemask()", "0xffffffffu")
     if device_target.kind.name == "cuda":
@@ -86,6 +99,20 @@ def text_of(device: tvm.IRModule, device_target: Any) -> str:
     if device_target.kind.name == "metal":
         text = _right_in_metal(text)
     return _right_in_wgsl(text) if device_target.kind.name == "webgpu" else text
+
+
+@functools.cache
+def _compile_on_demand() -> None:
+    """TVM compiles CUDA's text where there is a GPU, with headers that the wheels do not put where it looks.
+
+    NVRTC compiles it here (`_built`); where only the text is asked for, nothing does.
+    """
+    original = tvm_ffi.get_global_func("tvm_callback_cuda_compile")
+
+    def compile(code: str) -> Any:
+        return b"//" if _only_text.get() else original(code)
+
+    tvm_ffi.register_global_func("tvm_callback_cuda_compile", compile, override=True)
 
 
 def _right_in_wgsl(text: str) -> str:
@@ -119,7 +146,7 @@ def _type(parameter: Any) -> str:
 class Built:
     """A kernel as it waits for its device: source text, its functions, and for CUDA machine code and PTX.
 
-    `host` is the host function as LLVM's text.
+    `host` is the host function as LLVM's text, for tensors in unified memory.
     """
 
     language: str
@@ -181,8 +208,27 @@ def built(request: Request) -> Built:
 def _built(kernel: Lowered) -> Built:
     gpu = kernel.gpu
     compiled = nvrtc.compile(kernel.text, gpu.arch) if gpu.language == "cuda" else nvrtc.Compiled("", b"", "")
-    host = host_code(kernel.host, gpu).inspect_source("ll")
+    [(symbol, host)] = kernel.host.functions.items()
+    host = host_code(tvm.IRModule({symbol: host.with_body(unified(host.body))}), gpu).inspect_source("ll")
     return Built(gpu.language, gpu.arch, kernel.text, dict(kernel.functions), host, compiled.ptx, compiled.cubin)
+
+
+def unified(body: Any) -> Any:
+    """A host function's code for tensors in unified memory, which say that they are on the CPU."""
+
+    def asserted(node: Any) -> Any:
+        found: list[Any] = []
+        tvm_ffi.structural_walk(node.condition, (ir.Call, lambda each: found.append(_is_device_type(each))))
+        if not any(found):
+            return node
+        wanted = tvm_ffi.structural_map(node.condition, (tirx.EQ, lambda e: tirx.EQ(e.a, tirx.const(CPU, "int32"))))
+        return tirx.AssertStmt(wanted, node.error_kind, node.message_parts)
+
+    return tvm_ffi.structural_map(body, (tirx.AssertStmt, asserted))
+
+
+def _is_device_type(call: Any) -> bool:
+    return getattr(call.op, "name", "") == "tirx.tvm_struct_get" and int(call.args[2]) == _DEVICE_TYPE
 
 
 def host_code(host: tvm.IRModule, gpu: Gpu) -> Any:

@@ -42,6 +42,13 @@ class SwapWarning(UserWarning):
     """A kernel in use that was found wrong, and for which the op's own computes again."""
 
 
+def place(function: Callable) -> str:
+    """A function of the user's as errors name it: what it is called, and where it stands."""
+    code = getattr(function, "__code__", None)
+    at = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    return f"{getattr(function, '__name__', type(function).__name__)}{at}"
+
+
 on_error: Callable[[Exception, Call], None] | None = None  # gets an op's error where it is raised, before it goes on
 
 

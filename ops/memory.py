@@ -18,6 +18,7 @@ import tvm
 import tvm_ffi
 from tvm.runtime import _ffi_api
 
+from . import device
 from .spec import Spec
 
 IDLE_LIMIT = 512 * 2**20  # bytes that may wait for reuse before the pool is emptied
@@ -67,15 +68,21 @@ def _allocate(spec: Spec) -> Buffer:
         _checked_bytes = _allocated_bytes if due else _checked_bytes
     if due and idle_bytes() > IDLE_LIMIT:
         clear()
-    arguments = (*_runtime_type(spec), tvm.device(spec.device), None)
     try:
-        return Buffer(_ffi_api.TVMTensorAllocWithScope(*arguments))
-    except RuntimeError:
+        return _fresh(spec)
+    except (RuntimeError, MemoryError):
         clear()  # what is idle may be what is missing
     try:
-        return Buffer(_ffi_api.TVMTensorAllocWithScope(*arguments))
-    except RuntimeError as error:
+        return _fresh(spec)
+    except (RuntimeError, MemoryError) as error:
         raise MemoryError(f"no memory for {spec}, {spec.nbytes} bytes") from error
+
+
+def _fresh(spec: Spec) -> Buffer:
+    own = None if spec.device == "cpu" else device.find(spec.device).memory(spec.nbytes)
+    if own is not None:
+        return view(spec, Buffer(tvm_ffi.from_dlpack(own)))
+    return Buffer(_ffi_api.TVMTensorAllocWithScope(*_runtime_type(spec), tvm.cpu(), None))
 
 
 def view(spec: Spec, buffer: Buffer) -> Buffer:

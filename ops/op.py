@@ -161,8 +161,19 @@ class Op(OpTools, Generic[P, R]):
         if plan is None:
             if len(self._plans) >= _MEMO_LIMIT:
                 self._plans.clear()
+            self._check_device(specs)
             plan = self._plans[key] = Plan(self, specs, constants, self._outputs(specs, constants))
         return plan
+
+    def _check_device(self, specs: tuple) -> None:
+        """Raise OpError for tensors of several devices."""
+        given = [(n, each) for n, each in zip(self.parameters, specs, strict=False) if isinstance(each, Spec)]
+        for name, each in given[1:]:
+            if each.device != (device := given[0][1].device):
+                raise OpError(
+                    f"{self._here}: {given[0][0]} is on {device!r} and {name} on {each.device!r}; a call's tensors are "
+                    f"on one device: {name}.to({device!r})"
+                )
 
     def _specs(self, args: tuple) -> tuple:
         """What the rule gets for bound arguments: a spec for a tensor, the type for a scalar."""

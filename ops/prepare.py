@@ -27,7 +27,7 @@ class _DryRun(Interceptor):
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         plan = call.op.plan(call.args, call.constants)
         self.requests.append(plan.request())
-        outputs = tuple(zeros(spec.shape, spec.dtype, spec.device) for spec in plan.outputs)
+        outputs = tuple(zeros(spec) for spec in plan.outputs)
         return outputs[0] if len(outputs) == 1 else outputs or None
 
 

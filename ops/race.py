@@ -8,6 +8,8 @@ works on outputs of its own.
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from . import ceilings, costs, races_torch
+from . import ceilings, costs, device, races_torch
 from .call import Call, Kernel
 from .difference import Difference, Expected, bound
 from .errors import OpError
 from .interleave import interleaved
 from .table import Table
-from .tensor import Tensor, empty, tensor
+from .tensor import Tensor, empty
 from .tolerance import KERNEL, relative_error
 
 _SECONDS = 1.0
@@ -89,7 +91,7 @@ def race(call: Call, seconds: float = _SECONDS) -> Race:
     worst: dict[str, tuple[Difference, float]] = {}
     runs: dict[str, Callable[[], Any]] = {}
     for name, (_, run, proven) in sides.items():
-        mine, outputs = _own_copy(call), tuple(empty(spec.shape, spec.dtype) for spec in call.outputs)
+        mine, outputs = _own_copy(call), tuple(empty(spec) for spec in call.outputs)
         expected = Expected(mine, wide=True) if call.op._reference else None
         try:
             run(mine, outputs)
@@ -101,7 +103,7 @@ def race(call: Call, seconds: float = _SECONDS) -> Race:
         offs = [(off, bound(each)) for _, each, off in expected.differences(result)] if expected else [_UNKNOWN]
         worst[name] = max(offs, key=lambda pair: pair[0].error)
         run = proven if all(off.error <= limit for off, limit in offs) else run
-        runs[name] = lambda run=run, mine=mine, outputs=outputs: run(mine, outputs)
+        runs[name] = functools.partial(_finished, run, mine, outputs)
     times = interleaved(runs, seconds) if runs else {}
     contenders = [
         Contender(name, language, times.get(name), *worst.get(name, (None, 0.0)), failed.get(name, ""))
@@ -111,10 +113,16 @@ def race(call: Call, seconds: float = _SECONDS) -> Race:
     return Race(call, contenders, _outvoted(call, given))
 
 
+def _finished(run: Run, call: Call, outputs: tuple[Tensor, ...]) -> None:
+    """Run to the end, also on a device that only starts its kernels."""
+    run(call, outputs)
+    device.wait(call.device)
+
+
 def _own_copy(call: Call) -> Call:
     """The call on copies of what it writes."""
     args = [
-        tensor(value.numpy().copy()) if name in call.op.writes and isinstance(value, Tensor) else value
+        copy.deepcopy(value) if name in call.op.writes and isinstance(value, Tensor) else value
         for name, value in call.inputs.items()
     ]
     return call.replace(tuple(args))

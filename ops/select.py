@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from .errors import SelectorError
+from .errors import SelectorError, place
 from .spec import DTYPES, Spec
 
 if TYPE_CHECKING:
@@ -97,8 +97,18 @@ def _compile(where: Any, anywhere: bool = False) -> Callable[[Call], bool]:
             raise SelectorError("an empty list of selectors means no call; pass None for every call")
         return _any([_compile(each, anywhere) for each in where])
     if callable(where):
-        return lambda call: bool(where(call))
+        return lambda call: _asked(where, call)
     raise SelectorError(f"a selector is a string, a function of the call, an op or a list of these, not {where!r}")
+
+
+def _asked(where: Callable[[Call], Any], call: Call) -> bool:
+    """What a function of the user's says. Raises SelectorError that names it."""
+    try:
+        return bool(where(call))
+    except Exception as error:
+        raise SelectorError(
+            f"the selector {place(where)} raised {type(error).__name__}, asked of {call!r}: {error}"
+        ) from error
 
 
 def _any(tests: list[Callable[[Call], bool]]) -> Callable[[Call], bool]:

@@ -117,6 +117,10 @@ class Spec:
         """The same spec with another shape or dtype."""
         return Spec(self.shape if shape is None else tuple(shape), dtype or self.dtype, self.device)
 
+    def on(self, device: str) -> Spec:
+        """The same spec on another device."""
+        return self if device == self.device else Spec(self.shape, self.dtype, device)
+
     def __reduce__(self):
         return Spec, (self.shape, self.dtype, self.device)
 

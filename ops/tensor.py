@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm_ffi
 
+from . import device as devices
 from . import memory, quantize, target
 from .errors import DTypeError, OpError, ShapeError
 from .quantize import KNOWN
@@ -24,7 +25,8 @@ class Tensor:
     """A contiguous array. Make one with `ops.tensor(array)`; ops return them.
 
     `x.shape`, `x.dtype`, `x.device`; `x.numpy()` and `np.asarray(x)` share the memory; `x[2:5]` and `x.reshape(...)`
-    are views. Arithmetic (`x + y`, `x * 2.0`) calls ops, so tools see it.
+    are views. Arithmetic (`x + y`, `x * 2.0`) calls ops, so tools see it. `x.to(device)` is a copy on another device,
+    whose memory NumPy sees as well: `x.numpy()` waits for what the device is still computing.
 
     A packed weight has a weight format as its dtype, such as "q4". `numpy()` gives a copy of its values as float32;
     it has no views.
@@ -81,18 +83,17 @@ class Tensor:
         return self.shape[0]
 
     def numpy(self) -> np.ndarray:
-        """The values as a NumPy array over the same memory, on the CPU; a change in one is seen in the other.
+        """The values as a NumPy array over the same memory; a change in one is seen in the other.
 
-        Of a packed weight a copy, float32, which remembers its format.
+        Of a packed weight a copy, float32, which remembers its format. Raises LaunchError where a kernel of the
+        tensor's device has failed.
         """
-        if self.device != "cpu":
-            raise OpError(f"{self.spec} is not on the CPU, and NumPy sees only CPU memory")
+        if self.spec.device != "cpu":
+            devices.wait(self.spec.device)
         if self.spec.format is not None:
             return quantize.unpack(np.from_dlpack(self.buffer.data), self.shape, self.spec.format)
-        if self.dtype not in _STORAGE:
-            return np.from_dlpack(self.buffer.data)
-        bits = memory.view_as(self.buffer, self.shape, _STORAGE[self.dtype])
-        return np.from_dlpack(bits).view(DTYPES[self.dtype])
+        array = np.from_dlpack(self._bits())
+        return array if self.dtype not in _STORAGE else array.view(DTYPES[self.dtype])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         array = self.numpy()
@@ -104,23 +105,47 @@ class Tensor:
             raise ValueError(f"the values of {self.spec} are a copy, and copy=False forbids it")
         return array.copy() if copy else array
 
+    def to(self, device: str) -> Tensor:
+        """A copy on a device: "cpu", "cuda" or "emulate"; the tensor itself where it is there. Raises OpError."""
+        if device == self.spec.device:
+            return self
+        devices.check(device)
+        result = _wrap(spec := self.spec.on(device), memory.allocate(spec))
+        devices.wait(self.spec.device)
+        _fill(result, np.from_dlpack(self._bits()))
+        return result
+
+    def on_cpu(self) -> Tensor:
+        """The same memory as a tensor of the CPU, once the device has computed it."""
+        if self.spec.device == "cpu":
+            return self
+        devices.wait(self.spec.device)
+        return _wrap(self.spec.on("cpu"), self.buffer, owner=self)
+
+    def _bits(self) -> Any:
+        """The runtime tensor with elements that NumPy reads: the bits where it does not know the dtype."""
+        if self.spec.format is not None or self.dtype not in _STORAGE:
+            return self.buffer.data
+        return memory.view_as(self.buffer, self.shape, _STORAGE[self.dtype])
+
     def __copy__(self) -> Tensor:
         return self.reshape(self.shape)
 
     def __deepcopy__(self, _: Any) -> Tensor:
         if self.spec.format is not None:
             return tensor_from_packed(np.from_dlpack(self.buffer.data).copy(), self.spec)
-        return tensor(self.numpy().copy())
+        return tensor(self.numpy().copy(), device=self.device)
 
     def __reduce__(self):
         if self.spec.format is not None:
             return _unpickled, (np.from_dlpack(self.buffer.data), self.spec, target.lanes())
-        return tensor, (self.numpy(),)
+        return tensor, (self.numpy(), None, self.device)
 
     def __dlpack__(self, *, copy: bool | None = None, **options):
         if self.spec.format is not None:
             raise OpError(f"{self.spec} is packed, which no other library reads; share its values: x.numpy()")
         shared = self.__deepcopy__({}) if copy else self
+        devices.wait(self.spec.device)
         return shared.buffer.data.__dlpack__(**options)
 
     def __dlpack_device__(self):
@@ -224,23 +249,26 @@ def _wrap(spec: Spec, buffer, owner=None) -> Tensor:
 
 
 def empty(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
-    """A tensor with whatever was in its memory."""
-    spec = Spec((shape,) if isinstance(shape, int) else tuple(shape), dtype, device)
+    """A tensor with whatever was in its memory. `shape` may be a whole `Spec`. Raises OpError for a missing device."""
+    spec = shape if type(shape) is Spec else Spec((shape,) if isinstance(shape, int) else tuple(shape), dtype, device)
+    devices.check(spec.device)
     if spec.symbolic:
         raise ShapeError(f"{spec} has symbolic sizes; memory needs numbers")
     return _wrap(spec, memory.allocate(spec))
 
 
 def zeros(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
-    """A tensor of zeros."""
+    """A tensor of zeros; arguments as of `empty`."""
     result = empty(shape, dtype, device)
     values = result.numpy() if result.spec.format is None else np.from_dlpack(result.buffer.data)
     values[...] = 0
     return result
 
 
-def integer(value: int) -> Tensor:
+def integer(value: int, device: str = "cpu") -> Tensor:
     """int32 [1] with `value`, such as a token or its position: not by NumPy, which weights drive out of the caches."""
+    if device != "cpu":
+        return tensor(np.array([value], "int32"), device=device)
     spec = Spec((1,), "int32")
     buffer = memory.allocate(spec)
     ctypes.c_int32.from_address(buffer.data.data_ptr()).value = value
@@ -252,12 +280,14 @@ def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
 
     Copied only where sharing is impossible: a read-only or unaligned array, or another `dtype` asked for. Raises
     ShapeError for an array that is not contiguous and DTypeError for a dtype that no op takes. A weight format as
-    `dtype`, such as "q4", quantises a matrix [rows, inputs] and packs it.
+    `dtype`, such as "q4", quantises a matrix [rows, inputs] and packs it. On another `device` it is a copy; OpError
+    where there is no such device.
     """
     if device != "cpu":
-        raise OpError(f"device {device!r} is not supported; this build runs on 'cpu'")
+        devices.check(device)
+        return tensor(array, dtype).to(device)
     if isinstance(array, Tensor):
-        return array if dtype in (None, array.dtype) else tensor(array.numpy(), dtype)
+        return array.to("cpu") if dtype in (None, array.dtype) else tensor(array.numpy(), dtype)
     if not isinstance(array, np.ndarray) and hasattr(array, "__dlpack__"):
         return _from_dlpack(array, dtype)
     if not isinstance(array, (np.ndarray, np.generic)):
@@ -284,9 +314,14 @@ def tensor(array: Any, dtype: str | None = None, device: str = "cpu") -> Tensor:
 
 
 def tensor_from_packed(data: np.ndarray, spec: Spec) -> Tensor:
-    """A packed weight over its bytes, uint8 [spec.nbytes], as `ops.quantize.pack` lays them out for this machine."""
+    """A packed weight over its bytes, uint8 [spec.nbytes], as `ops.quantize.pack` lays them out for this machine.
+
+    On another device than the CPU it is a copy.
+    """
     if data.dtype != np.uint8 or data.shape != (spec.nbytes,) or not data.flags.c_contiguous:
         raise ShapeError(f"{spec} takes {spec.nbytes} bytes; given {data.dtype} {list(data.shape)}")
+    if spec.device != "cpu":
+        return tensor_from_packed(data, spec.on("cpu")).to(spec.device)
     return _wrap(spec, memory.Buffer(tvm_ffi.from_dlpack(data)), owner=data)
 
 
@@ -294,6 +329,17 @@ def _unpickled(data: np.ndarray, spec: Spec, lanes: int) -> Tensor:
     if lanes != target.lanes():
         raise OpError(f"{spec} was packed for vectors of {lanes} lanes; this machine's have {target.lanes()}")
     return tensor_from_packed(data.copy(), spec)
+
+
+def _fill(result: Tensor, bits: np.ndarray) -> None:
+    """Fill a fresh tensor, once nothing that was started still reads what its memory held before."""
+    device = devices.find(result.device) if result.device != "cpu" else None
+    if device is not None:
+        device.wait()
+    array = np.from_dlpack(result._bits())
+    np.copyto(array, bits)
+    if device is not None:
+        device.filled(array)
 
 
 def _known(dtype: str) -> np.dtype:

@@ -148,7 +148,7 @@ def verify(op: Op, kernel: Kernel, where: Selector) -> int:
     count = 0
     for call in edge_cases(op, kernel, where):
         try:
-            outputs = tuple(empty(spec.shape, spec.dtype) for spec in call.outputs)
+            outputs = tuple(empty(spec) for spec in call.outputs)
         except OpError as error:  # the rule has no such call: of a dtype that the op does not take
             raise SwapRefused(f"{kernel.name}: {error}") from None
         comparison = Comparison(call, outputs)

@@ -53,8 +53,8 @@ class Memory(Cache):
     A state cannot be shortened: after `truncate` what is left is read again, by the next forward.
     """
 
-    def __init__(self, limit: int, dtype: str | None = None):
-        super().__init__(limit, dtype)
+    def __init__(self, limit: int, dtype: str | None = None, device: str = "cpu"):
+        super().__init__(limit, dtype, device)
         self._states: dict[int, State] = {}
         self._next: dict[int, State] = {}  # of the forward that runs; they count when it commits
 
@@ -74,7 +74,9 @@ class Memory(Cache):
 
     def unread(self, ids: Tensor) -> Tensor:
         """The tokens that a forward of `ids` reads: also those that the states have lost."""
-        return ops.tensor(np.array(self.ids + ids.numpy().tolist(), "int32")) if self.ids and not self._states else ids
+        if not self.ids or self._states:
+            return ids
+        return ops.tensor(np.array(self.ids + ids.numpy().tolist(), "int32"), device=ids.device)
 
     def truncate(self, length: int) -> None:
         if length != len(self):
@@ -82,7 +84,7 @@ class Memory(Cache):
             self._states = {}
 
     def copy(self) -> Memory:
-        twin = Memory(self.limit, self.dtype)
+        twin = Memory(self.limit, self.dtype, self.device)
         twin.ids, twin._states = [*self.ids], dict(self._states)  # no op writes to a state
         return twin
 
@@ -181,7 +183,7 @@ class Rwkv(Model):
         return 0  # the state is as large after a million tokens as after one
 
     def new_cache(self, dtype: str | None = None) -> Memory:
-        return Memory(self.context, dtype)
+        return Memory(self.context, dtype, self.device)
 
     def forward(self, ids: Any, cache: Memory | None = None, logits_to_keep: int = 0) -> Tensor:
         """Logits [n, vocabulary] for token ids [n], or for the last `logits_to_keep` of them; 0 is all.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..call import Call
-from ..errors import SwapRefused
+from ..errors import SwapRefused, place
 from ..op import Op
 from ..spec import Spec
 from ..tensor import Tensor
@@ -125,8 +125,7 @@ class Binding:
     def value(self, name: str, call: Call, outputs: Sequence[Any]) -> Any:
         """A tensor, a number, or None where the call has none."""
         if name in self.dims:
-            given = self.dims[name]
-            return _plain(given(*call.args) if callable(given) else given)
+            return _plain(asked(self.dims[name], f"dims={{{name!r}: ...}}", call.args))
         if name in self.outputs:
             return outputs[self.outputs.index(name)]
         if name in call.op.parameters:
@@ -152,9 +151,19 @@ def held(spec: Spec) -> str:
     return spec.dtype if spec.format is None else "uint8"
 
 
+def asked(given: Any, what: str, args: Sequence[Any]) -> Any:
+    """What a function of the user's says of a call's tensors; a value as it is. Raises SwapRefused that names it."""
+    if not callable(given):
+        return given
+    try:
+        return given(*args)
+    except Exception as error:
+        raise SwapRefused(f"{what} {place(given)} raised {type(error).__name__}: {error}") from error
+
+
 def triple(given: int | tuple | Callable | None, call: Call, what: str) -> tuple[int, int, int]:
     """A grid or a block: a number, up to three of them, or a function of the call's tensors that gives them."""
-    value = given(*call.args) if callable(given) else given
+    value = asked(given, f"{what}=", call.args)
     least = 0 if callable(given) and what == "grid" else 1  # of no rows there is nothing to do
     sizes = tuple(value) if isinstance(value, (tuple, list)) else (1 if value is None else value,)
     if not 1 <= len(sizes) <= 3 or not all(isinstance(_plain(each), int) and each >= least for each in sizes):

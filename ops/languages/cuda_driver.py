@@ -39,18 +39,18 @@ def _found() -> Device | str:
         return f"no NVIDIA driver: {error}"
     if status != driver.CUresult.CUDA_SUCCESS:
         return f"no NVIDIA GPU: {status.name}"
-    if not _done(driver, driver.cuDeviceGetCount()):
+    if not done(driver, driver.cuDeviceGetCount()):
         return "no NVIDIA GPU"
-    handle = _done(driver, driver.cuDeviceGet(0))
+    handle = done(driver, driver.cuDeviceGet(0))
     attribute = driver.CUdevice_attribute
     major, minor = (
-        _done(driver, driver.cuDeviceGetAttribute(each, handle))
+        done(driver, driver.cuDeviceGetAttribute(each, handle))
         for each in (
             attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
         )
     )
-    return Device(driver, f"sm_{major}{minor}", _done(driver, driver.cuDevicePrimaryCtxRetain(handle)))
+    return Device(driver, f"sm_{major}{minor}", done(driver, driver.cuDevicePrimaryCtxRetain(handle)))
 
 
 def device() -> Device | None:
@@ -65,7 +65,7 @@ def absent() -> str:
     return found if isinstance(found, str) else ""
 
 
-def _done(driver: Any, result: tuple) -> Any:
+def done(driver: Any, result: tuple) -> Any:
     """The value of a call of the driver. Raises LaunchError."""
     status, *values = result
     if status != driver.CUresult.CUDA_SUCCESS:
@@ -75,7 +75,8 @@ def _done(driver: Any, result: tuple) -> Any:
 
 
 class CudaProgram(Program):
-    """Machine code that runs on a GPU, on copies of the arrays; what is not const is copied back."""
+    """Machine code that runs on a GPU. Arrays in unified memory are used as they are; of others it gets copies, and
+    those that are not const are copied back."""
 
     def __init__(self, parameters: Sequence[Parameter], compiled: nvrtc.Compiled, entry: str, device: Device):
         self.parameters, self.compiled, self.device = tuple(parameters), compiled, device
@@ -85,12 +86,12 @@ class CudaProgram(Program):
         driver = self.device.driver
         emulator.check_dtypes(self.parameters, values)
         kept, _, _ = native.marshalled(self.parameters, values)
-        _done(driver, driver.cuCtxSetCurrent(self.device.context))
+        done(driver, driver.cuCtxSetCurrent(self.device.context))
         function = self._loaded(launch.shared)
         with self._copies(kept) as copies:
             held = [
-                ctypes.c_uint64(int(copy)) if copy is not None else each
-                for copy, each in zip(copies, kept, strict=True)
+                each if not p.pointer else ctypes.c_uint64(each.ctypes.data if copy is None else int(copy))
+                for p, copy, each in zip(self.parameters, copies, kept, strict=True)
             ]
             addresses = [each.ctypes.data if isinstance(each, np.ndarray) else ctypes.addressof(each) for each in held]
             pointers = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
@@ -98,43 +99,49 @@ class CudaProgram(Program):
                 function, *launch.grid, *launch.block, launch.shared, 0, ctypes.addressof(pointers), 0
             )
             try:
-                _done(driver, started)
-                _done(driver, driver.cuCtxSynchronize())
+                done(driver, started)
+                done(driver, driver.cuCtxSynchronize())
             except LaunchError as error:
                 raise LaunchError(
                     f'{self._entry} failed on the GPU: {error}; with device="emulate" the CPU says where'
                 ) from None
             for parameter, copy, array in zip(self.parameters, copies, kept, strict=True):
                 if copy is not None and not parameter.const and array.nbytes:
-                    _done(driver, driver.cuMemcpyDtoH(array.ctypes.data, copy, array.nbytes))
+                    done(driver, driver.cuMemcpyDtoH(array.ctypes.data, copy, array.nbytes))
 
     def _loaded(self, shared: int) -> Any:
         driver = self.device.driver
         if self._function is None:
-            module = _done(driver, driver.cuModuleLoadData(self.compiled.cubin))
-            self._function = _done(driver, driver.cuModuleGetFunction(module, self._entry.encode()))
+            module = done(driver, driver.cuModuleLoadData(self.compiled.cubin))
+            self._function = done(driver, driver.cuModuleGetFunction(module, self._entry.encode()))
         if shared > _PLENTY:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _done(driver, driver.cuFuncSetAttribute(self._function, attribute, shared))
+            done(driver, driver.cuFuncSetAttribute(self._function, attribute, shared))
         return self._function
 
     @contextlib.contextmanager
     def _copies(self, kept: Sequence[np.ndarray]) -> Iterator[list[Any]]:
-        """Of every array a copy in the GPU's memory, None of a number."""
+        """Of every array a copy in the GPU's memory; None of a number, and of what the GPU reaches where it is."""
         driver, copies = self.device.driver, []
         try:
             for parameter, array in zip(self.parameters, kept, strict=True):
-                if not parameter.pointer:
+                if not parameter.pointer or self._is_unified(array):
                     copies.append(None)
                     continue
-                copies.append(_done(driver, driver.cuMemAlloc(max(1, array.nbytes))))
+                copies.append(done(driver, driver.cuMemAlloc(max(1, array.nbytes))))
                 if array.nbytes:
-                    _done(driver, driver.cuMemcpyHtoD(copies[-1], array.ctypes.data, array.nbytes))
+                    done(driver, driver.cuMemcpyHtoD(copies[-1], array.ctypes.data, array.nbytes))
             yield copies
         finally:
             for copy in copies:
                 if copy is not None:
                     driver.cuMemFree(copy)  # after a failed launch the context is gone, and says so to everything
+
+    def _is_unified(self, array: np.ndarray) -> bool:
+        driver = self.device.driver
+        attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_MANAGED
+        status, found = driver.cuPointerGetAttribute(attribute, array.ctypes.data)
+        return status == driver.CUresult.CUDA_SUCCESS and bool(found)  # memory of the CPU alone is no value for it
 
     def sources(self) -> dict[str, str]:
         return listings(self.compiled)

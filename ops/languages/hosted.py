@@ -26,12 +26,12 @@ from ..target import Gpu
 from .base import Launch, Parameter, Program, Source
 
 if TYPE_CHECKING:
+    from ..build import Request
     from ..op import Op
 
 Launcher = Callable[[str, list[Any], tuple[int, int, int], tuple[int, int, int], str], None]
 ALIGNMENT = 16  # bytes: arguments of GPU kernels begin at multiples of them, as a device's own memory does
 MOST = 2**31 - 1  # elements: indices are 32-bit
-_CPU, _DEVICE_TYPE = 1, 10  # DLPack's number of the CPU; TVM's of the field that says where a tensor is
 _STORED = DTYPES | {"uint16": np.dtype("uint16"), "uint32": np.dtype("uint32")}
 _SPELLED = {  # as TVM writes them in CUDA
     "float32": "float", "float16": "half", "bfloat16": "nv_bfloat16", "int32": "int", "int64": "int64_t",
@@ -57,7 +57,11 @@ def of(
 
     What the op checks of its arguments' values is checked on the CPU, in front.
     """
-    request = op._request(args, constants)
+    return of_request(op._request(args, constants), launcher)
+
+
+def of_request(request: Request, launcher: Callable[[cross.Lowered], Launcher]) -> Callable[..., None]:
+    """The kernel of a request, as `of`."""
     lowered = cross.lowered(request)
     kernel, check = run(lowered, launcher(lowered)), cross.check(request)
 
@@ -72,20 +76,29 @@ def of(
 def programs(
     compiled: Callable[[Source, tuple[Parameter, ...]], Program],
 ) -> Callable[[cross.Lowered], Launcher]:
-    """A launcher for `of` of what a language of C's kind compiles: a program for each function, at its first launch."""
+    """A launcher for `of` of what a language of C's kind compiles: a program for each function."""
 
     def launcher(lowered: cross.Lowered) -> Launcher:
-        made: dict[str, Program] = {}
+        made = functions(lowered, compiled)
 
-        def launch(name: str, args: list[Any], grid: Any, block: Any, text: str) -> None:
-            if name not in made:
-                parameters = tuple(map(_parameter, itertools.count(), lowered.functions[name].parameters))
-                made[name] = compiled(Source(text, name, f"<generated {lowered.gpu.language}>", 1), parameters)
+        def launch(name: str, args: list[Any], grid: Any, block: Any, _: str) -> None:
             made[name].run([_known(each) for each in args], Launch(grid, block))
 
         return launch
 
     return launcher
+
+
+def functions(
+    lowered: cross.Lowered, compiled: Callable[[Source, tuple[Parameter, ...]], Program]
+) -> dict[str, Program]:
+    """The device's functions, each as a program of its own, by name."""
+    made: dict[str, Program] = {}
+    for name, function in lowered.functions.items():
+        parameters = tuple(map(_parameter, itertools.count(), function.parameters))
+        source = Source(lowered.texts[name], name, f"<generated {lowered.gpu.language}>", 1)
+        made[name] = compiled(source, parameters)
+    return made
 
 
 def _parameter(index: int, kind: str) -> Parameter:
@@ -179,24 +192,12 @@ def _on_cpu(body: Any, names: dict[str, str]) -> Any:
             return tirx.const(0, "int32")
         return node
 
-    def asserted(node: Any) -> Any:
-        found: list[Any] = []
-        tvm_ffi.structural_walk(node.condition, (ir.Call, lambda each: found.append(_is_device_type(each))))
-        if not any(found):
-            return node
-        wanted = tvm_ffi.structural_map(node.condition, (tirx.EQ, lambda e: tirx.EQ(e.a, tirx.const(_CPU, "int32"))))
-        return tirx.AssertStmt(wanted, node.error_kind, node.message_parts)
-
     def attribute(node: Any) -> Any:
         if node.attr_key != "device_type":
             return node
-        return tirx.AttrStmt(node.node, node.attr_key, tirx.const(_CPU, "int32"), node.body)
+        return tirx.AttrStmt(node.node, node.attr_key, tirx.const(cross.CPU, "int32"), node.body)
 
-    return tvm_ffi.structural_map(body, ((ir.Call, call), (tirx.AssertStmt, asserted), (tirx.AttrStmt, attribute)))
-
-
-def _is_device_type(call: Any) -> bool:
-    return getattr(call.op, "name", "") == "tirx.tvm_struct_get" and int(call.args[2]) == _DEVICE_TYPE
+    return tvm_ffi.structural_map(cross.unified(body), ((ir.Call, call), (tirx.AttrStmt, attribute)))
 
 
 def _with_sizes(args: Any) -> list[Any]:

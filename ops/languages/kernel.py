@@ -15,7 +15,7 @@ from ..op import Op
 from ..tensor import Tensor
 from . import native
 from .base import Language, Launch, Parameter, Program, Source, Value
-from .binding import Binding, triple
+from .binding import Binding, asked, triple
 
 _KINDS = 4096  # of calls that a kernel remembers, then it starts afresh: each number of tokens is one
 
@@ -30,7 +30,7 @@ class Shape:
     shared: Any = 0
 
     def of(self, call: Call) -> Launch:
-        shared: Any = self.shared(*call.args) if callable(self.shared) else self.shared
+        shared = asked(self.shared, "shared=", call.args)
         return Launch(triple(self.grid, call, "grid"), triple(self.block, call, "block"), int(shared))
 
 
@@ -57,7 +57,8 @@ class _Ready:
         self._launch = None if any(map(callable, (shape.grid, shape.block, shape.shared))) else shape.of(call)
         self._at: _Addresses | None = None
         fixed = all(isinstance(value, Tensor) or _is_fixed(binding, each.name) for each, value in named)
-        if fixed and self._launch is not None and isinstance(self.program, native.NativeProgram):
+        here = all(each.device == "cpu" for each in values if isinstance(each, Tensor))  # else somebody must wait first
+        if here and fixed and self._launch is not None and isinstance(self.program, native.NativeProgram):
             tensors = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
             self._at = _Addresses(self.program, self.values(call, tuple(outputs)), tensors, self._launch)
 
@@ -106,8 +107,8 @@ def memory(tensor: Tensor) -> np.ndarray:
 def _pick(binding: Binding, name: str, value: Any) -> Callable[[tuple, Any], Any]:
     """What gives the value of a name from a call's arguments and outputs; `value` is what it is in one such call."""
     if name in binding.dims:
-        given = binding.dims[name]
-        return (lambda args, outputs: given(*args)) if callable(given) else (lambda args, outputs: value)
+        given, what = binding.dims[name], f"dims={{{name!r}: ...}}"
+        return (lambda args, outputs: asked(given, what, args)) if callable(given) else (lambda args, outputs: value)
     if name in binding.outputs:
         at = binding.outputs.index(name)
         return lambda args, outputs: outputs[at]

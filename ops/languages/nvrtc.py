@@ -104,6 +104,11 @@ def _include() -> tuple[str, ...]:
     return tuple(f"-I{each}" for folder in found[:1] for each in (folder, folder / "cccl"))
 
 
+def libraries(pattern: str) -> list[Path]:
+    """NVIDIA's libraries of a name, as the wheels have put them."""
+    return [path for folder in _folders()[:1] for path in sorted((folder / "lib").glob(pattern))]
+
+
 def _tool(name: str) -> str:
     for folder in _folders():
         if (path := folder / "bin" / name).exists():

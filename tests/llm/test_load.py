@@ -125,7 +125,7 @@ def test_dtypes(saved):
     assert mixed.dtype == "float16"
     assert {weight.dtype for _, weight in mixed.parameters()} == {"float16"}
     assert refused(saved, dtype="int8") == "dtype 'int8' is not supported; choose one of float32, float16, bfloat16"
-    assert refused(saved, device="cuda") == "device 'cuda' is not supported; this version runs on 'cpu'"
+    assert refused(saved, device="tpu") == "no device 'tpu'; there are cpu, cuda, emulate"
     rewritten(saved, lambda t: t.update({n: a.astype("int32") for n, a in t.items() if n == "lm_head.weight"}))
     assert "lm_head.weight is int32" in refused(saved, CheckpointError)
 
