@@ -64,6 +64,7 @@ HARMLESS_AT: Mapping[str, tuple[Any, str]] = {
     "quantization": (None, "the weights are quantized by another library: use the unquantized checkpoint"),
     "quantization_config": (None, "the weights are quantized by another library: use the unquantized checkpoint"),
     "compression_config": (None, "the weights are compressed by another library: use the uncompressed checkpoint"),
+    "rms_norm": (True, "its norms take the mean away and add a bias"),
     "rope_interleaved": (False, "it rotates neighbouring pairs"),
     "rope_scaling": (None, "it changes the rotary frequencies"),
     "rope_parameters": (None, "it sets the rotary frequencies"),
@@ -95,6 +96,7 @@ _POSITIVE = frozenset(
         *("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"),
         *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "q_lora_rank", "kv_lora_rank"),
         *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "context_length", "attention_hidden_size"),
+        *("num_heads", "state_size", "n_groups", "expand", "conv_kernel"),
     }
 )
 _ABOVE_ZERO = frozenset({"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "clip_qkv"})

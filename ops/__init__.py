@@ -48,6 +48,7 @@ from .rotary import rope
 from .routing import combine, route
 from .select import Selector
 from .spec import Dim, Spec
+from .state_space import causal_conv, selective_scan, softplus
 from .swap import reload, restore
 from .tensor import Tensor, empty, integer, tensor, tensor_from_packed, zeros
 
@@ -76,6 +77,7 @@ __all__ = [
     "build",
     "cache_write",
     "cast",
+    "causal_conv",
     "ceilings",
     "clamp",
     "clamped_swiglu",
@@ -119,12 +121,14 @@ __all__ = [
     "scope",
     "scores",
     "select",
+    "selective_scan",
     "sigmoid",
     "silu",
     "silu_mul",
     "softcap",
     "softmax",
     "softmax_with_sinks",
+    "softplus",
     "spec",
     "sub",
     "tanh",

@@ -32,7 +32,7 @@ _of_values: set[str] = set()  # ops whose cost depends on what is in the argumen
 _EACH = {
     "add": 1, "sub": 1, "mul": 1, "div": 1, "add_row": 1, "mul_row": 1, "scale": 1, "offset": 1, "neg": 1, "tanh": 1,
     "clamp": 2, "softcap": 3, "silu": 4, "silu_mul": 5, "rms_norm": 4, "softmax": 5, "softmax_with_sinks": 5,
-    "log_softmax": 5,
+    "log_softmax": 5, "softplus": 3,
 }  # fmt: skip
 
 
@@ -107,6 +107,19 @@ def _(call: Call) -> Cost:
 def _(call: Call) -> Cost:
     x, turned = call.inputs["x"], 2 * call.inputs["frequencies"].size
     return Cost(generic(call).bytes, 3 * x.shape[0] * x.shape[1] * turned)
+
+
+@rule("causal_conv")
+def _(call: Call) -> Cost:
+    taps, biased = call.inputs["weight"].shape[1], call.inputs.get("bias") is not None
+    return Cost(generic(call).bytes, call.inputs["x"].size * (2 * taps - 1 + biased))
+
+
+@rule("selective_scan")
+def _(call: Call) -> Cost:
+    """For a value of the state a decay, what arrives and its sum, and the product with c: for each token."""
+    x, step, state = (call.inputs[name] for name in ("x", "step", "state"))
+    return Cost(generic(call).bytes, x.shape[0] * 5 * state.size + 3 * x.size + 2 * step.size)
 
 
 @rule("embedding")

@@ -28,6 +28,7 @@ from .reduce import argmax, log_softmax, softmax, top_k
 from .rotary import rope
 from .routing import combine, route
 from .spec import DTYPES, FLOATS, Spec
+from .state_space import causal_conv, selective_scan, softplus
 from .tensor import Tensor, tensor, tensor_from_packed
 
 Example = tuple[tuple, dict[str, Any]]
@@ -345,3 +346,26 @@ def _(rng, dtype):
         decay, first, *state = (_values(rng, (width,), "float32") for _ in range(5))
         state = np.stack((state[0], 1 + abs(state[1]), state[2])) if n > 1 else np.array([[0], [0], [-1e38]], "float32")
         yield (_values(rng, (n, width), dtype, 2.0), _values(rng, (n, width), dtype), decay, first, state), {}
+
+
+@softplus.examples
+def _(rng, dtype):
+    yield from _elements(rng, dtype)
+    yield from _elements(rng, dtype, low=0.25, high=1.5)
+
+
+@causal_conv.examples
+def _(rng, dtype):
+    for i, (n, width, taps) in enumerate(((1, 1, 2), (2, 20, 4), (3, 33, 4), (17, 64, 3))):
+        shapes = ((n, width), (taps - 1, width), (width, taps), *([(width,)] if i % 2 else []))
+        kinds = (dtype, dtype, *((dtype, "float32")[i // 2],) * 2)
+        yield tuple(_values(rng, *each) for each in zip(shapes, kinds, strict=False)), {}
+
+
+@selective_scan.examples
+def _(rng, dtype):
+    for n, heads, dim, groups, size in ((1, 1, 1, 1, 1), (1, 4, 20, 2, 16), (3, 6, 5, 3, 7), (17, 2, 16, 1, 32)):
+        x, b, c = (_values(rng, shape, dtype) for shape in ((n, heads, dim), *((n, groups, size),) * 2))
+        step = rng.random((n, heads), "float32")
+        decay, skip, state = (_values(rng, shape, "float32") for shape in ((heads,), (heads,), (heads, dim, size)))
+        yield (x, step, decay, b, c, skip, state), {}

@@ -1,4 +1,4 @@
-"""Further cases of `tests.parity`: families whose layout is not Llama's, mixtures of experts, a recurrent one."""
+"""Further cases of `tests.parity`: families whose layout is not Llama's, mixtures of experts, recurrent ones."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ BASES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "context_length": 256,
     },
+    "mamba2": {
+        "vocab_size": 131,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 32,
+        "n_groups": 1,
+        "chunk_size": 16,
+        "bos_token_id": None,
+        "eos_token_id": None,  # no text ends early
+        "pad_token_id": None,
+    },
 }
 
 
@@ -49,6 +62,7 @@ _LATENT = {
     "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "num_key_value_heads": 4,
 }  # fmt: skip
 _GROUPS = {"n_group": 4, "topk_group": 2}
+_LIMITED = {"n_groups": 2, "state_size": 20, "use_bias": True, "time_step_limit": [0.3, 0.9]}
 _MSCALE = _rope(_YARN | {"mscale": 0.8, "mscale_all_dim": 1.2})
 
 # (name, model_type, config)
@@ -107,6 +121,12 @@ _FLOAT32: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v3, wide queries", "deepseek_v3", _LATENT | _GROUPS | {"q_lora_rank": None, "n_shared_experts": 1}),
     ("rwkv, halved every 2 layers", "rwkv", {"rescale_every": 2}),
     ("rwkv, never halved, tied", "rwkv", {"rescale_every": 0, "intermediate_size": None} | _TIED),
+    ("mamba2", "mamba2", {}),
+    ("mamba2, two groups, biases, limited steps, tied", "mamba2", _LIMITED | _TIED),
+    ("mamba2, four groups, kernel 3 without bias, three times as wide", "mamba2", {
+        "n_groups": 4, "use_conv_bias": False, "conv_kernel": 3, "expand": 3, "num_heads": 12,
+        "layer_norm_epsilon": 1e-3, "residual_in_fp32": False,
+    }),
 ]  # fmt: skip
 # In bfloat16 the last bit may decide which expert a token takes: here it takes all of them.
 _ALL = {"num_experts_per_tok": 5}
@@ -125,11 +145,17 @@ _BFLOAT16: list[tuple[str, str, dict[str, Any]]] = [
     ("deepseek_v2, yarn", "deepseek_v2", _LATENT | _MSCALE | _ALL_ROUTED),
     ("deepseek_v3, yarn", "deepseek_v3", _LATENT | _MSCALE | _ALL_ROUTED),
     ("rwkv", "rwkv", {"rescale_every": 2}),
+    ("mamba2, two groups", "mamba2", {"n_groups": 2}),
+    ("mamba2, residuals in 16 bits", "mamba2", {"residual_in_fp32": False, "use_bias": True}),
 ]  # fmt: skip
+# Larger embeddings where a norm makes the branches large, whatever comes in: else a bfloat16 reference, 2e-2 to 1e-1
+# away from itself in float32, tells nothing. With these it is below 1e-2 away, and a state left out makes 9e-2.
+_EMBEDDING = {"mamba2": 1.0}
 
 MORE: list[dict[str, Any]] = [
     {"name": name, "model_type": kind, "config": config} for name, kind, config in _FLOAT32
 ] + [
-    {"name": f"{name}, bfloat16", "model_type": kind, "config": config, "dtype": "bfloat16"}
+    {"name": f"{name}, bfloat16", "model_type": kind, "config": config, "dtype": "bfloat16",
+     "embedding": _EMBEDDING.get(kind, 0.02)}
     for name, kind, config in _BFLOAT16
 ]  # fmt: skip

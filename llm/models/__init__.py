@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "gpt_oss": "GptOss",
     "granite": "Granite",
     "llama": "Llama",
+    "mamba2": "Mamba2",
     "mistral": "Mistral",
     "mixtral": "Mixtral",
     "olmo": "Olmo",

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import ops
-from llm.cache import Cache
-from llm.model import Model
 from llm.nn import Embedding, LayerNorm, Linear, Module
+from llm.recurrent import Memory, Recurrent
 from ops import Spec, Tensor
 
 _EPS = 1e-5  # of the last norm, whatever the config says of the others
@@ -45,55 +44,6 @@ class State(NamedTuple):
     attention: Tensor
     feed_forward: Tensor
     sums: Tensor
-
-
-class Memory(Cache):
-    """The layers' states in the place of keys and values.
-
-    A state cannot be shortened: after `truncate` what is left is read again, by the next forward.
-    """
-
-    def __init__(self, limit: int, dtype: str | None = None, device: str = "cpu"):
-        super().__init__(limit, dtype, device)
-        self._states: dict[int, State] = {}
-        self._next: dict[int, State] = {}  # of the forward that runs; they count when it commits
-
-    def state(self, layer: int, start: State) -> State:
-        return self._states.get(layer, start)
-
-    def keep(self, layer: int, state: State) -> None:
-        self._next[layer] = state
-
-    def extend(self, tokens: int) -> Tensor:
-        self._next = {}
-        return super().extend(tokens)
-
-    def commit(self, ids: Tensor) -> None:
-        super().commit(ids)
-        self._states, self._next = {**self._states, **self._next}, {}
-
-    def unread(self, ids: Tensor) -> Tensor:
-        """The tokens that a forward of `ids` reads: also those that the states have lost."""
-        if not self.ids or self._states:
-            return ids
-        return ops.tensor(np.array(self.ids + ids.numpy().tolist(), "int32"), device=ids.device)
-
-    def truncate(self, length: int) -> None:
-        if length != len(self):
-            super().truncate(length)
-            self._states = {}
-
-    def copy(self) -> Memory:
-        twin = Memory(self.limit, self.dtype, self.device)
-        twin.ids, twin._states = [*self.ids], dict(self._states)  # no op writes to a state
-        return twin
-
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for state in self._states.values() for each in state)
-
-    def __repr__(self) -> str:
-        return f"<state of {len(self)} tokens, {len(self._states)} layers, {self.nbytes} bytes>"
 
 
 class Attention(Module):
@@ -161,7 +111,7 @@ class Block(Module):
         return x if self.share == 1.0 else x * self.share
 
 
-class Rwkv(Model):
+class Rwkv(Recurrent):
     model_type = "rwkv"
     base = "rwkv."
     heads = ("head",)
@@ -177,13 +127,6 @@ class Rwkv(Model):
         sums[2] = -1e30
         nothing = ops.zeros((1, config.hidden_size), dtype)
         self._start = State(nothing, nothing, ops.tensor(sums))
-
-    @property
-    def token_values(self) -> int:
-        return 0  # the state is as large after a million tokens as after one
-
-    def new_cache(self, dtype: str | None = None) -> Memory:
-        return Memory(self.context, dtype, self.device)
 
     def forward(self, ids: Any, cache: Memory | None = None, logits_to_keep: int = 0) -> Tensor:
         """Logits [n, vocabulary] for token ids [n], or for the last `logits_to_keep` of them; 0 is all.

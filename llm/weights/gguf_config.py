@@ -12,6 +12,12 @@ from llm.weights.gguf import Container
 from llm.weights.gguf_families import Family
 
 _REQUIRED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+# A recurrent model has no attention, which is said by numbers that are 0.
+_OF_STATES = (
+    *("context_length", "embedding_length", "block_count", "ssm.conv_kernel", "ssm.inner_size"),
+    *("ssm.state_size", "ssm.time_step_rank", "ssm.group_count"),
+)
+_NO_ATTENTION = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 # Said by the tensors too, or of no effect on the arithmetic.
 _IDLE = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned", "expert_gating_func"}
 # Nothing, as if the key were not there.
@@ -35,6 +41,7 @@ _IDLE_AT: Mapping[str, Any] = {
     "interleave_moe_layer_step": 0,
     "pooling_type": 0,
 }
+_BIASED = {"use_bias": "ssm_in", "use_conv_bias": "ssm_conv1d"}
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 # In these sizes Gemma scales attention by the width over the heads, else by the size of a head.
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3_text": 62}
@@ -44,16 +51,33 @@ def config(given: Container, family: Family) -> dict[str, Any]:
     """The values under Hugging Face's names. Raises ConfigError for keys that are missing or not understood."""
     path, prefix = given.files[0], f"{given.metadata['general.architecture']}."
     keys = {key.removeprefix(prefix): _plain(v) for key, v in given.metadata.items() if key.startswith(prefix)}
-    if missing := [f"{prefix}{key}" for key in _REQUIRED if key not in keys]:
+    required = _OF_STATES if family.model_type == "mamba2" else _REQUIRED
+    if missing := [f"{prefix}{key}" for key in required if key not in keys]:
         raise ConfigError(f"{path}: the metadata lack {', '.join(missing)}")
-    for key in _REQUIRED:
+    for key in required:
         if type(keys[key]) is not int or not 0 < keys[key] < 2**31:
             raise ConfigError(f"{path}: {prefix}{key} is {keys[key]!r:.60}, expected a positive integer")
     rows = given.tensors["token_embd.weight"].shape[0]
     values: dict[str, Any] = {"model_type": family.model_type, "vocab_size": rows, **family.fixed}
+    values["tie_word_embeddings"] = "output.weight" not in given.tensors
+    if family.model_type == "mamba2":
+        return values | _states(path, keys, given) | _understood(path, prefix, keys, family)
     rope = {key: keys.pop(key) for key in [*keys] if key.startswith("rope.") and key not in family.values}
     heads = keys["attention.head_count"]
-    values |= _attention(path, keys, family, heads)
+    values |= _attention(path, keys, family, heads) | _understood(path, prefix, keys, family)
+    if family.model_type == "deepseek_v2":
+        _deepseek(values, rope, given)
+    head_dim = values.get("head_dim") or values.get("qk_rope_head_dim") or keys["embedding_length"] // heads
+    values |= _rope(path, prefix, rope, family, head_dim, given, keys["context_length"])
+    if family.model_type in _LARGEST_GEMMA:
+        largest = keys["block_count"] == _LARGEST_GEMMA[family.model_type]
+        values["query_pre_attn_scalar"] = keys["embedding_length"] // heads if largest else head_dim
+    return values | _biases(given, family)
+
+
+def _understood(path: Any, prefix: str, keys: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What the family's table says of the keys. Raises ConfigError for one that it does not know."""
+    values: dict[str, Any] = {}
     for key, value in keys.items():
         if key in _NONE_AT_ZERO and value == 0:
             continue
@@ -64,15 +88,20 @@ def config(given: Container, family: Family) -> dict[str, Any]:
                 f"{path}: {prefix}{key} = {value!r:.60} is not understood for {family.model_type}, and could change "
                 "the arithmetic"
             )
-    values["tie_word_embeddings"] = "output.weight" not in given.tensors
-    if family.model_type == "deepseek_v2":
-        _deepseek(values, rope, given)
-    head_dim = values.get("head_dim") or values.get("qk_rope_head_dim") or keys["embedding_length"] // heads
-    values |= _rope(path, prefix, rope, family, head_dim, given, keys["context_length"])
-    if family.model_type in _LARGEST_GEMMA:
-        largest = keys["block_count"] == _LARGEST_GEMMA[family.model_type]
-        values["query_pre_attn_scalar"] = keys["embedding_length"] // heads if largest else head_dim
-    return values | _biases(given, family)
+    return values
+
+
+def _states(path: Any, keys: dict[str, Any], given: Container) -> dict[str, Any]:
+    """The sizes of a Mamba 2, and which of its parts have biases. The length is no limit of a state."""
+    keys.pop("context_length")
+    for key in _NO_ATTENTION:
+        if (value := keys.pop(key, 0)) != 0:
+            raise ConfigError(f"{path}: {key} is {value!r:.60}, expected 0: a mamba2 has no attention and no MLP")
+    inner, heads, width = keys.pop("ssm.inner_size"), keys["ssm.time_step_rank"], keys["embedding_length"]
+    if inner % heads or inner % width:
+        raise ConfigError(f"{path}: ssm.inner_size {inner} is no multiple of {heads} heads and of the width {width}")
+    biased = {name: f"blk.0.{each}.bias" in given.tensors for name, each in _BIASED.items()}
+    return {"head_dim": inner // heads, "expand": inner // width, **biased}
 
 
 def _plain(value: Any) -> Any:

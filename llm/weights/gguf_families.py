@@ -324,6 +324,43 @@ FAMILIES: dict[str, Family] = {
         },
         changes={"exp_probs_b": "underscore"},
     ),
+    "mamba2": Family(
+        "mamba2",
+        {
+            "token_embd": "backbone.embeddings",
+            "output_norm": "backbone.norm_f",
+            "output": "lm_head",
+            **_layers(
+                {
+                    "attn_norm": "norm",
+                    "ssm_in": "mixer.in_proj",
+                    "ssm_conv1d": "mixer.conv1d",
+                    "ssm_dt": "mixer.dt",
+                    "ssm_a": "mixer.A_log",
+                    "ssm_d": "mixer.D",
+                    "ssm_norm": "mixer.norm",
+                    "ssm_out": "mixer.out_proj",
+                },
+                base="backbone.layers.{i}.",
+            ),
+        },
+        {
+            "embedding_length": "hidden_size",
+            "block_count": "num_hidden_layers",
+            "attention.layer_norm_rms_epsilon": "layer_norm_epsilon",
+            "ssm.conv_kernel": "conv_kernel",
+            "ssm.state_size": "state_size",
+            "ssm.time_step_rank": "num_heads",
+            "ssm.group_count": "n_groups",
+        },
+        changes={
+            "ssm_conv1d": "no axis",
+            "ssm_dt": "underscore",
+            "ssm_a": "minus exp",
+            "ssm_d": "column",
+            "ssm_norm": "by group",
+        },
+    ),
     "gpt-oss": Family(
         "gpt_oss",
         {

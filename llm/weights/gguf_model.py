@@ -15,7 +15,7 @@ from llm.weights.gguf_config import config
 from llm.weights.gguf_families import FAMILIES, Family
 from llm.weights.lazy import Lazy, changed
 
-_NAME = re.compile(r"(?:blk\.(0|[1-9]\d{0,5})\.)?([a-z_]+(?:\.\d+)?)\.(weight|bias)")
+_NAME = re.compile(r"(?:blk\.(0|[1-9]\d{0,5})\.)?([a-z][a-z0-9_]*(?:\.\d+)?)(?:\.(weight|bias))?")
 # What says how to rotate goes into the config; old files repeat the frequencies in each layer.
 _ROPE = ("rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd")
 
@@ -40,7 +40,8 @@ def translate(given: Container) -> tuple[dict[str, Any], dict[str, Any]]:
         if parts and parts[2] in _ROPE:
             continue
         stem = "blk.{i}." * (parts[1] is not None) + parts[2] if parts else ""
-        if not parts or stem not in family.tensors:
+        alone = parts is not None and family.changes.get(parts[2]) in _ALONE
+        if not parts or stem not in family.tensors or (parts[3] is None) != alone:
             unknown.append(name)
             continue
         try:
@@ -117,12 +118,14 @@ def _interleaved(gate: Any, up: Any) -> Lazy:
 
 
 def _named(
-    family: Family, stem: str, layer: str | None, kind: str, array: Any, values: Mapping[str, Any]
+    family: Family, stem: str, layer: str | None, kind: str | None, array: Any, values: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """A tensor's names in the checkpoint, and what stands under them."""
     name = family.tensors[stem].replace("{i}", layer or "")
     change = family.changes.get(stem.removeprefix("blk.{i}."), "")
-    if change == "underscore":
+    if kind is None:
+        yield name, _CHANGES[change](array, values)
+    elif change == "underscore":
         yield f"{name}_{kind}", array
     elif change.startswith("bare"):  # stacks of experts are [experts, inputs, outputs] there
         columns = change == "bare experts" and kind == "weight"
@@ -156,6 +159,26 @@ def _minus_one(array: Any, values: Mapping[str, Any]) -> Any:
     return changed(array, array.shape, lambda a: a - a.dtype.type(1))
 
 
+def _logarithm(array: Any, values: Mapping[str, Any]) -> Any:
+    """[heads] of A = -exp(A_log) [heads, 1], all of whose values are below 0."""
+
+    def make(a: np.ndarray) -> np.ndarray:
+        if not (a < 0).all():
+            raise CheckpointError("A of a state-space model holds a value that is not below 0: the file is damaged")
+        return np.log(-a).reshape(-1)
+
+    return changed(array, (array.size,), make)
+
+
+def _flat(array: Any, values: Mapping[str, Any]) -> Any:
+    return array.reshape(-1)
+
+
+def _with_axis(array: Any, values: Mapping[str, Any]) -> Any:
+    """A convolution's weight [channels, taps] with the axis of inputs, of which each channel has one."""
+    return array if array.ndim == 1 else array.reshape(array.shape[0], 1, -1)
+
+
 def _one_row(array: Any, values: Mapping[str, Any]) -> Any:
     return array.reshape(1, -1) if array.ndim == 1 else array
 
@@ -167,4 +190,9 @@ _CHANGES: dict[str, Callable[[Any, Mapping[str, Any]], Any]] = {
     "transposed": _transposed,
     "plus one": _minus_one,
     "one row": _one_row,
+    "minus exp": _logarithm,
+    "column": _flat,
+    "by group": _flat,
+    "no axis": _with_axis,
 }
+_ALONE = ("minus exp", "column")  # what has no `.weight` behind its name

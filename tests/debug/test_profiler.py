@@ -44,8 +44,8 @@ class Costs(ops.Interceptor):
 
     def call(self, call, launch):
         self.seen.append(costs.cost(call))
-        outputs = [ops.zeros(spec.shape, spec.dtype) for spec in call.outputs]
-        return outputs[0] if outputs else None
+        outputs = tuple(ops.zeros(spec.shape, spec.dtype) for spec in call.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs or None
 
 
 def cost_of(run) -> costs.Cost:
@@ -82,6 +82,12 @@ def ints(*values):
         (lambda: ops.softmax(floats(2, 8)), 2 * 16 * 4, 5 * 16),
         (lambda: ops.argmax(floats(2, 8)), 16 * 4 + 2 * 4, 16),
         (lambda: ops.cast(floats(2, 8), dtype="float16"), 16 * 4 + 16 * 2, 0),
+        (lambda: ops.softplus(floats(2, 8)), 2 * 16 * 4, 3 * 16),
+        (lambda: ops.causal_conv(floats(2, 8), floats(3, 8), floats(8, 4), floats(8)), (2 * 16 + 24 + 32 + 8) * 4,
+         16 * (2 * 4)),
+        (lambda: ops.selective_scan(floats(2, 4, 8), floats(2, 4), floats(4), floats(2, 1, 16), floats(2, 1, 16),
+                                    floats(4), floats(4, 8, 16)),
+         (2 * 64 + 8 + 2 * 4 + 2 * 32 + 2 * 512) * 4, 2 * 5 * 512 + 3 * 64 + 2 * 8),
     ],
 )  # fmt: skip
 def test_bytes_and_flops(run, nbytes, flops):

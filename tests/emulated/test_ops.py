@@ -117,6 +117,13 @@ def test_a_recurrent_layer(rng, dtype):
         decay, first, state = (random(rng, shape, "float32") for shape in ((33,), (33,), (3, 33)))
         check(ops.wkv, x, x[::-1].copy(), decay, first, np.abs(state))
         check(ops.sigmoid, x)
+        check(ops.softplus, x, low=0.1, high=1.5)
+        check(ops.causal_conv, x, random(rng, (3, 33), dtype), random(rng, (33, 4), dtype), row)
+        for dim, size in ((20, 32), (5, 7)):
+            y, b, c = (random(rng, shape, dtype) for shape in ((n, 4, dim), (n, 2, size), (n, 2, size)))
+            numbers = (random(rng, (4,), "float32") for _ in range(2))
+            step, state = rng.random((n, 4), "float32"), random(rng, (4, dim, size), "float32")
+            check(ops.selective_scan, y, step, next(numbers), b, c, next(numbers), state)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -31,6 +31,7 @@ FULL = {
     "deepseek_v2": "deepseek_v2, groups, yarn with mscale, tied",
     "deepseek_v3": "deepseek_v3, groups, yarn with mscale",
     "rwkv": "rwkv, halved every 2 layers",
+    "mamba2": "mamba2, two groups, biases, limited steps, tied",
 }
 
 

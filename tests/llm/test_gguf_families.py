@@ -21,6 +21,7 @@ LIBRARY = {"mixtral": "llama"}
 SPELT = {
     ".experts.{e}.": ".experts.",
     ".norms.{e}": "",
+    "mixer.dt": "mixer.dt_proj",
     "mlp.experts.gate_up_proj": None,  # only gpt-oss has both in one, and GGUF has them apart
 }
 VALUES: dict[str, Any] = {
@@ -36,10 +37,22 @@ VALUES: dict[str, Any] = {
 LAYER_NORM = {k: v for k, v in VALUES.items() if "rms" not in k} | {
     "attention.layer_norm_epsilon": 9.999999747378752e-06
 }
+STATES = {k: VALUES[k] for k in ("context_length", "embedding_length", "block_count")} | {
+    "feed_forward_length": 0,
+    "attention.head_count": 0,
+    "attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 16,
+    "ssm.state_size": 3,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 2,
+}
 
 
 def values_of(name: str) -> dict[str, Any]:
     """Those that every family has, with the kind of norm that this one has."""
+    if "ssm.state_size" in FAMILIES[name].values:
+        return STATES
     return LAYER_NORM if "attention.layer_norm_epsilon" in FAMILIES[name].values else VALUES
 
 
@@ -117,7 +130,8 @@ def test_rotated_pairs_are_put_apart(rng, name):
 def test_no_others_are_permuted(rng):
     q = rng.standard_normal((8, 8)).astype("float32")
     for name in sorted(
-        {*FAMILIES} - {"llama", "granite", "smollm3", "olmo", "mixtral", "phi3", "gpt2", "gptneox", "deepseek2"}
+        {*FAMILIES}
+        - {"llama", "granite", "smollm3", "olmo", "mixtral", "phi3", "gpt2", "gptneox", "deepseek2", "mamba2"}
     ):
         values = values_of(name)
         _, found = translated(name, {"blk.0.attn_q.weight": q}, values)
@@ -238,6 +252,41 @@ def test_gpt_osss_experts(rng):
     assert (config["sliding_window"], config["num_local_experts"]) == (7, 3)
 
 
+def test_mamba2s_state_space(rng):
+    """Two groups, four heads of 4; 16 + 2 * 2 * 3 channels are convolved."""
+    conv, norm = rng.standard_normal((28, 4)).astype("float32"), rng.standard_normal((2, 8)).astype("float32")
+    decay, skip = (rng.standard_normal(4).astype("float32") for _ in range(2))
+    given = {
+        "blk.0.ssm_a": -np.exp(decay)[:, None], "blk.0.ssm_d": skip[:, None], "blk.0.ssm_dt.bias": decay + 1,
+        "blk.0.ssm_conv1d.weight": conv, "blk.0.ssm_conv1d.bias": conv[:, 0], "blk.0.ssm_norm.weight": norm,
+    }  # fmt: skip
+    config, found = translated("mamba2", given, STATES)
+    mixer = {name.removeprefix("backbone.layers.0.mixer."): each for name, each in found.items() if "mixer" in name}
+    assert np.allclose(mixer.pop("A_log"), decay, atol=1e-6)
+    wanted = {"D": skip, "dt_bias": decay + 1, "conv1d.weight": conv[:, None], "conv1d.bias": conv[:, 0],
+              "norm.weight": norm.reshape(-1)}  # fmt: skip
+    assert mixer.keys() == wanted.keys() and all(np.array_equal(mixer[name], wanted[name]) for name in wanted)
+    assert "backbone.layers.0.norm.weight" in found and "backbone.embeddings.weight" in found
+    sizes = {"head_dim": 4, "num_heads": 4, "expand": 2, "state_size": 3, "n_groups": 2, "conv_kernel": 4}
+    biases = {"use_bias": False, "use_conv_bias": True}
+    assert config.items() >= (sizes | biases | {"hidden_size": 8, "layer_norm_epsilon": 1e-5}).items()
+    with pytest.raises(CheckpointError, match="holds a value that is not below 0"):
+        translated("mamba2", {"blk.0.ssm_a": np.zeros((4, 1), "float32")}, STATES)
+    for wrong in ("blk.0.ssm_a.weight", "blk.0.ssm_in", "blk.0.ssm_x.weight"):
+        with pytest.raises(CheckpointError, match=f"tensors that a mamba2 does not have: '{wrong}'"):
+            translated("mamba2", {wrong: conv}, STATES)
+    for changes, message in (
+        ({"attention.head_count": 4}, "attention.head_count is 4, expected 0: a mamba2 has no attention"),
+        ({"ssm.inner_size": 20}, "ssm.inner_size 20 is no multiple of 4 heads and of the width 8"),
+        ({"ssm.state_size": 0}, "mamba2.ssm.state_size is 0, expected a positive integer"),
+        ({"ssm.dt_b_c_rms": True}, "mamba2.ssm.dt_b_c_rms = True is not understood"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            translated("mamba2", {}, STATES | changes)
+    with pytest.raises(ConfigError, match=r"the metadata lack mamba2\.ssm\.group_count"):
+        translated("mamba2", {}, {key: value for key, value in STATES.items() if key != "ssm.group_count"})
+
+
 def test_phi3s_two_sets_of_factors():
     short, long = np.array([1.0, 1.5], "float32"), np.array([2.0, 4.25], "float32")
     values = VALUES | {
@@ -270,6 +319,8 @@ def test_granites_multipliers_and_biases():
 def test_the_config_is_that_of_the_model(name):
     """Where the family's file is there, its dataclass takes all that GGUF says; else it is refused by name."""
     values = values_of(name) | {"embedding_length": 64, "attention.head_count_kv": 4}
+    if name == "mamba2":
+        values = STATES | {"embedding_length": 64, "ssm.inner_size": 128}
     if name == "gpt2":
         values = {k: v for k, v in values.items() if k != "rope.freq_base"}
     if name in ("gptneox", "stablelm"):

@@ -77,6 +77,27 @@ def no_shift(x, before, mix):
     return x
 
 
+def forgetting(x, step, decay, b, c, skip, state):
+    return ops.selective_scan.reference(x, step, decay, b, c, skip, state * 0)
+
+
+def fading_alike(x, step, decay, b, c, skip, state):
+    return ops.selective_scan.reference(x, step, decay * 0, b, c, skip, state)
+
+
+def no_skip(x, step, decay, b, c, skip, state):
+    return ops.selective_scan.reference(x, step, decay, b, c, skip * 0, state)
+
+
+def one_group(x, step, decay, b, c, skip, state):
+    b, c = (np.broadcast_to(each[:, :1], each.shape) for each in (b, c))
+    return ops.selective_scan.reference(x, step, decay, b, c, skip, state)
+
+
+def no_past(x, before, weight, bias=None):
+    return ops.causal_conv.reference(x, before * 0, weight, bias)
+
+
 LEFT_OUT: list[tuple[str, str, Any, Any]] = [
     ("gpt2", "attention", ops.attention, zeros),
     ("gpt2", "scale by layer", ops.attention, no_scale),
@@ -123,6 +144,14 @@ LEFT_OUT: list[tuple[str, str, Any, Any]] = [
     ("rwkv", "state", ops.wkv, no_memory),
     ("rwkv", "token before", ops.token_mix, no_shift),
     ("rwkv", "receptance", ops.sigmoid, lambda x: np.ones_like(x)),
+    ("mamba2", "state", ops.selective_scan, forgetting),
+    ("mamba2", "fading", ops.selective_scan, fading_alike),
+    ("mamba2", "skip", ops.selective_scan, no_skip),
+    ("mamba2", "groups", ops.selective_scan, one_group),
+    ("mamba2", "convolution", ops.causal_conv, lambda x, *_: x),
+    ("mamba2", "what was before", ops.causal_conv, no_past),
+    ("mamba2", "limits", ops.softplus, lambda x, low, high: ops.softplus.reference(x)),
+    ("mamba2", "gate", ops.silu_mul, lambda gate, up: up),
 ]
 
 

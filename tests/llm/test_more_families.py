@@ -125,6 +125,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"moe_layer_freq": 2}, "'moe_layer_freq' is 2"),
     ("deepseek_v3", {"n_group": 7}, "256 experts are no 7 equal groups"),
     ("rwkv", {"rescale_every": 2.5}, "'rescale_every' is 2.5"),
+    ("mamba2", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
+    ("mamba2", {"rms_norm": False}, "its norms take the mean away"),
+    ("mamba2", {"num_heads": 64}, r"hidden_size 4096 \* expand 2 is 8192, expected num_heads 64 \* head_dim 64, 4096"),
+    ("mamba2", {"n_groups": 7}, "num_heads 128 is not a multiple of n_groups 7"),
+    ("mamba2", {"n_groups": 0}, "'n_groups' is 0, expected at least 1"),
+    ("mamba2", {"conv_kernel": 1}, "conv_kernel is 1, expected at least 2"),
+    ("mamba2", {"time_step_limit": [0.5, 0.1]}, "time_step_limit is 0.5 to 0.1"),
+    ("mamba2", {"time_step_limit": [-1.0, 1.0]}, "expected no negative number"),
+    ("mamba2", {"time_step_limit": [0.0]}, "'time_step_limit' is .0.0. .list., expected list of"),
+    ("mamba2", {"layer_types": ["full_attention", "linear_attention"]}, "unknown key 'layer_types'"),
 ]
 
 
@@ -141,6 +151,27 @@ def test_old_names_of_pythia():
         config, {"rotary_pct": 0.5, "rotary_emb_base": 5000, "hidden_size": 64, "num_attention_heads": 4}
     )
     assert (old.rope.theta, old.rope.rotary_dim) == (5000.0, 8)
+
+
+@pytest.mark.parametrize("infinite", [float("inf"), {"__float__": "Infinity"}, None])
+def test_steps_without_a_limit(infinite):
+    """As JSON of old and of new transformers spells it; what only says how to draw weights is left aside."""
+    config, _ = architecture("mamba2")
+    unread = {"chunk_size": 64, "time_step_min": 0.1, "time_step_rank": "auto", "norm_before_gate": True}
+    parsed = parse_config(config, {"time_step_limit": [0.25, infinite], "rms_norm": True} | unread)
+    assert parsed.time_step_limit == (0.25, None)
+    assert config.written({"time_step_limit": parsed.time_step_limit}) == {"time_step_limit": [0.25, float("inf")]}
+
+
+def test_the_one_embedding_of_old_checkpoints(rng, tmp_path):
+    needs_the_extra()
+    theirs, ids = made("mamba2", SEED)
+    path = stored(theirs, tmp_path)
+    tensors = {name: each.copy() for name, each in read_file(path / "model.safetensors").items()}
+    wanted = llm.load(path)(ids).numpy()
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    write_file(path / "model.safetensors", tensors)
+    assert np.array_equal(llm.load(path)(ids).numpy(), wanted)
 
 
 def test_experts_of_a_checkpoint(rng):
@@ -229,14 +260,23 @@ def test_further_layers_of_deepseek_v3_are_left_aside(tmp_path):
     assert np.array_equal(llm.load(path)(ids).numpy(), wanted)
 
 
+# What interrupts a forward of each recurrent family in its third layer; numbers of a layer's state.
+RECURRENT = {
+    "rwkv": (lambda model: model.blocks[2].attention, 2 * 64 + 3 * 64),
+    "mamba2": (lambda model: model.layers[2].mixer, 3 * (128 + 2 * 32) + 8 * 16 * 32),
+}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
 class TestMemory:
-    """RWKV's states in the place of a cache."""
+    """States in the place of a cache."""
 
     @pytest.fixture
-    def model(self, rng):
-        model = build(parity.BASES["rwkv"] | {"model_type": "rwkv"}, "float32")
+    def model(self, family, rng):
+        model = build(parity.BASES[family] | {"model_type": family}, "float32")
         for name, spec in list(model.parameters()):
-            values = rng.standard_normal(spec.shape) * 0.3 + (1.0 if ".ln" in name or "pre_ln" in name else 0.0)
+            norm = any(each in name for each in (".ln", "pre_ln", "norm"))
+            values = rng.standard_normal(spec.shape) * 0.3 + (1.0 if norm else 0.0)
             model.set_parameter(name, ops.tensor(values.astype("float32")))
         return model
 
@@ -254,21 +294,23 @@ class TestMemory:
         cache.truncate(0)
         assert np.array_equal(model(ids[:4], cache).numpy(), whole[:4])
 
-    def test_a_forward_that_is_interrupted_leaves_it_as_it_was(self, model, rng, monkeypatch):
+    def test_a_forward_that_is_interrupted_leaves_it_as_it_was(self, family, model, rng, monkeypatch):
         ids = rng.integers(0, 131, 20)
         whole, cache = model(ids).numpy(), model.new_cache()
         model(ids[:9], cache)
         with monkeypatch.context() as patch:
-            patch.setattr(model.blocks[2].attention, "forward", lambda *_: 1 / 0)
+            patch.setattr(RECURRENT[family][0](model), "forward", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 model(ids[9:], cache)
         assert np.array_equal(model(ids[9:], cache).numpy(), whole[9:])
 
-    def test_it_does_not_grow(self, model, rng):
+    def test_it_does_not_grow(self, family, model, rng):
         cache = model.new_cache()
+        cache.limit = 256
         model(rng.integers(0, 131, 3), cache)
         size = cache.nbytes
         model(rng.integers(0, 131, 100), cache)
-        assert cache.nbytes == size == 4 * 4 * (2 * 64 + 3 * 64)
+        layers = parity.BASES[family]["num_hidden_layers"]
+        assert cache.nbytes == size == layers * 4 * RECURRENT[family][1]
         with pytest.raises(llm.UserError, match="this model's context holds 256"):
             model(rng.integers(0, 131, 200), cache)

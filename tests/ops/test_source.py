@@ -17,6 +17,8 @@ ARGUMENTS = {
     "join": (HEADS, Spec((3, 2, 2), "float32")), "token_mix": (X, Spec((1, 4), "float32"), ROW),
     "wkv": (X, X, ROW, ROW, Spec((3, 4), "float32")), "combine": (HEADS, Spec((3, 2), "float32")),
     "experts_linear": (X, Spec((6, 4), "float32"), Spec((3, 1), "int32")), "route": (X, ROW),
+    "causal_conv": (X, Spec((1, 4), "float32"), Spec((4, 2), "float32"), ROW),
+    "selective_scan": (HEADS, Spec((3, 2), "float32"), SINKS, LOGITS, LOGITS, SINKS, Spec((2, 4, 8), "float32")),
     "scale": (X, 2.0), "offset": (X, 2.0), "div_by": (X, 2.0), "div_into": (X, 2.0),
 }  # fmt: skip
 CONSTANTS = {
