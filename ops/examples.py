@@ -311,7 +311,7 @@ def _(rng, dtype):
     for n, inputs, outputs, experts, k in sizes:
         x = _values(rng, (n, k, inputs) if n == 3 else (n, inputs), dtype)
         ids = np.argsort(rng.random((n, experts)))[:, :k].astype("int32")
-        for held in dict.fromkeys((dtype, "float32", *(FORMATS if outputs > 1 else ()))):
+        for held in dict.fromkeys((dtype, "float32", *(KNOWN if outputs > 1 else ()))):
             bias = (_values(rng, (experts * outputs,), dtype),) if n > 1 else ()
             yield (x, _weight(rng, (experts * outputs, inputs), held, 0.3), ids, *bias), {"experts": experts}
 
