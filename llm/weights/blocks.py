@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
@@ -43,11 +43,10 @@ class Blocks(Lazy):
     def __getitem__(self, index: Any) -> Blocks:
         return Blocks(self.kind, self.raw[index])
 
-    def below(self, others: Sequence[Any]) -> Blocks | None:
-        """This and others of its kind, one below the other; None where they are not all of its kind."""
-        if not all(isinstance(each, Blocks) and each.kind == self.kind for each in others):
-            return None
-        return Blocks(self.kind, np.concatenate([self.raw, *(each.raw for each in others)]))
+    def reshape(self, *shape: int) -> Lazy:
+        whole = super().reshape(*shape)
+        rows = whole.shape[:-1] if whole.ndim and whole.shape[-1] == self.shape[-1] else None
+        return whole if rows is None else Blocks(self.kind, self.raw.reshape(*rows, self.raw.shape[-1]))
 
     def _unpacked(self) -> np.ndarray:
         rows = self.raw.reshape(-1, self.raw.shape[-1])

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import ops
+from llm.weights import compressed
 from llm.weights.blocks import QUANTIZED, Blocks, Kind, nbytes, row_bytes
 from llm.weights.lazy import Lazy, concatenated
 from ops import quantize, target
@@ -137,8 +138,44 @@ def test_lazy_arrays_are_rearranged_like_others(rng):
     both = concatenated([lazy, values])
     assert isinstance(both, Lazy) and np.array_equal(np.asarray(both), np.concatenate([values] * 2))
     assert isinstance(concatenated([values, values]), np.ndarray)
-    raw = random_bytes(rng, Kind.Q4_0, (5, 64))
-    stacked = concatenated([Blocks(Kind.Q4_0, raw), Blocks(Kind.Q4_0, raw)])
-    assert stacked.form == "q4" and np.array_equal(stacked.raw, np.concatenate([raw, raw]))
-    mixed = concatenated([Blocks(Kind.Q4_0, raw), values[:, :1].repeat(64, 1)])
-    assert mixed.shape == (11, 64) and np.asarray(mixed).shape == (11, 64)
+    with pytest.raises(ValueError, match=r"rows of shapes \(.,\) and \(.,\) are not put one below the other"):
+        concatenated([lazy, values[:, :1]])
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
+def test_a_pile_is_packed_part_by_part(rng, kind):
+    rows, form = 2 * target.lanes(), KNOWN[PACKED[kind]]
+    raw = random_bytes(rng, kind, (3, rows, 512))
+    pile, whole = concatenated([*Blocks(kind, raw)]), Blocks(kind, raw).reshape(-1, 512)
+    assert isinstance(whole, Blocks) and pile.form == whole.form == form.name and pile.shape == whole.shape
+    given, wanted = (each.pack(form.name, np.empty(form.nbytes(whole.shape), "uint8")) for each in (pile, whole))
+    assert np.array_equal(given, wanted)
+    assert np.array_equal(quantize.unpack(given, whole.shape, form), gguf.dequantize(raw, kind).reshape(-1, 512))
+    assert np.array_equal(np.asarray(pile), gguf.dequantize(raw, kind).reshape(-1, 512))
+    assert Blocks(kind, raw).reshape(3, rows, 2, 256).form is None
+
+
+def test_what_a_pile_is_not_packed_to(rng):
+    lanes = target.lanes()
+    raw = random_bytes(rng, Kind.Q4_0, (2, lanes, 64))
+    floats = random(rng, (lanes, 64), "float32")
+    parts = [*Blocks(Kind.Q4_0, raw)]
+    assert concatenated(parts).form == "q4"
+    assert concatenated([each[1:] for each in parts]).form is None, "a record would hold rows of two"
+    others = (floats, Blocks(Kind.Q8_0, random_bytes(rng, Kind.Q8_0, (lanes, 64))))
+    for other in others:
+        mixed = concatenated([*parts, other])
+        assert mixed.form is None
+        wanted = np.concatenate([*gguf.dequantize(raw, Kind.Q4_0), np.asarray(other)])
+        assert np.array_equal(np.asarray(mixed), wanted)
+    half = Lazy(floats.shape, lambda: floats.astype("float16"), "float16")
+    assert concatenated([half, parts[0]]).dtype == "float32"
+
+
+def test_a_pile_of_another_librarys_codes(rng):
+    shape = (2 * target.lanes(), 96)
+    parts = [compressed.packed(random(rng, shape, "float32"), "q4") for _ in range(3)]
+    pile = concatenated(parts)
+    packed = pile.pack("q4", np.empty(KNOWN["q4"].nbytes(pile.shape), "uint8"))
+    exact = [(each.codes() - np.float32(8)) * each.scales.repeat(32, 1).astype("float32") for each in parts]
+    assert pile.form == "q4" and np.array_equal(quantize.unpack(packed, pile.shape, "q4"), np.concatenate(exact))
