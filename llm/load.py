@@ -45,9 +45,9 @@ def load(
     `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a `.gguf` file (the first, where
     there are several), a llama2.c `.bin` with its `tok*.bin` beside it, or a Hugging Face repository, downloaded at
     `revision`. Weights are mapped from the file and copied only where `dtype` (float32, float16, bfloat16; default: as
-    stored) asks for a conversion. Of a GGUF file, matrices in Q4_0, Q8_0, Q4_K and Q6_K stay packed, to the very same
-    numbers, unless `weights` says otherwise; other types are unpacked. Experts are packed where each one's rows are a
-    multiple of a vector's lanes, up to 16, as those of published models are.
+    stored) asks for a conversion. Of a GGUF file, matrices in Q4_0, Q8_0, Q4_K, Q6_K and MXFP4 stay packed, to the very
+    same numbers, unless `weights` says otherwise; other types are unpacked. Experts are packed where the rows of each
+    are a multiple of a vector's lanes, up to 16, as those of published models are.
 
     `weights` is how matrices are held, whatever `dtype` the rest and the activations have: one of those, or "q4" or
     "q8", packed with 4 or 8 bits a value (`ops.quantize`) and kept in the disk cache; then `dtype` is float32 when it

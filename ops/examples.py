@@ -66,9 +66,11 @@ def _weight(rng: np.random.Generator, shape: tuple[int, int], held: str, scale: 
 
 def _groups(rng: np.random.Generator, form: Format, inputs: int, rows: int) -> Groups:
     groups = -(-inputs // form.group)
+    codes = rng.integers(0, 2**form.bits, (rows, groups, form.group), "uint8")
+    if form.shared == 1:
+        return Groups(codes, (rng.uniform(0.5, 1, (rows, groups)) / np.ptp(form.values)).astype(form.scale))
     factors = (rows, -(-groups // form.shared))
     numbers = [rng.integers(1, 64, (rows, groups)).astype(form.scale) for _ in range(1 + form.minimum)]
-    codes = rng.integers(0, 2**form.bits, (rows, groups, form.group), "uint8")
     parts = [rng.uniform(-1, 1, factors) / 2**form.bits / 64 for _ in numbers]
     return Groups(codes, numbers[0], numbers[1] if form.minimum else None, tuple(p.astype("float16") for p in parts))
 

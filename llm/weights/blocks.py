@@ -110,6 +110,14 @@ def _q6_k(raw: np.ndarray) -> Groups:
     return Groups(codes, _joined(blocks[..., 192:208]).view("int8"), None, (_halves(blocks[..., 208:]),))
 
 
+def _mxfp4(raw: np.ndarray) -> Groups:
+    """17 bytes: the exponent of a power of two, then codes as in Q4_0, those of 4-bit floats doubled."""
+    blocks = raw.reshape(len(raw), -1, 17)
+    pairs = blocks[..., 1:]
+    codes = np.concatenate((pairs & 15, pairs >> 4), -1)
+    return Groups(codes, np.ldexp(np.float32(1), blocks[..., 0].astype("int32") - 128))
+
+
 def _joined(values: np.ndarray) -> np.ndarray:
     """[rows, blocks, groups of a block] as [rows, groups]."""
     return np.ascontiguousarray(values.reshape(len(values), -1))
@@ -125,6 +133,7 @@ _FORMS: dict[Kind, tuple[str, Callable[[np.ndarray], Groups]]] = {
     Kind.Q8_0: ("q8", _q8_0),
     Kind.Q4_K: ("q4k", _q4_k),
     Kind.Q6_K: ("q6k", _q6_k),
+    Kind.MXFP4: ("mxfp4", _mxfp4),
 }
 
 

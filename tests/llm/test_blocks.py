@@ -15,7 +15,7 @@ from tests.ops.harness import check, random
 from tests.ops.test_quantize import compiled, reference
 
 KINDS = sorted(QUANTIZED, key=lambda kind: kind.name)
-PACKED = {Kind.Q4_0: "q4", Kind.Q8_0: "q8", Kind.Q4_K: "q4k", Kind.Q6_K: "q6k"}
+PACKED = {Kind.Q4_0: "q4", Kind.Q8_0: "q8", Kind.Q4_K: "q4k", Kind.Q6_K: "q6k", Kind.MXFP4: "mxfp4"}
 RUNS_HERE = ["native", *(name for name, each in target.MACHINES.items() if each.needs <= target.features())]
 
 
@@ -26,6 +26,8 @@ def random_bytes(rng, kind, shape):
     blocks = raw.reshape(-1, size)
     for at in {Kind.Q4_0: (0,), Kind.Q8_0: (0,), Kind.Q4_K: (0, 2), Kind.Q6_K: (208,)}.get(kind, ()):
         blocks[:, at : at + 2] = rng.normal(0, 1e-3, len(blocks)).astype("float16")[:, None].view("uint8")
+    if kind == Kind.MXFP4:
+        blocks[:, 0] = rng.integers(0, 130, len(blocks))  # from below float32's normal numbers on
     return raw
 
 
@@ -50,14 +52,14 @@ def test_repacked_to_exactly_the_same_numbers(rng, name, kind, shape):
         assert given.form == form.name
         packed = given.pack(form.name, np.empty(form.nbytes(shape), "uint8"))
         assert np.array_equal(quantize.unpack(packed, shape, form), gguf.dequantize(raw, kind))
-        # As large as in the file, but for the fill of the last rows, and Q4_K's scales of 6 bits, which take 8.
+        # As large as in the file, but for the fill of the last rows, and scales: Q4_K's of 6 bits take 8, MXFP4's 32.
         rows = -(-shape[0] // target.lanes()) * target.lanes()
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        size += 4 * (kind == Kind.Q4_K)
+        size += {Kind.Q4_K: 4, Kind.MXFP4: 3}.get(kind, 0)
         assert packed.nbytes == rows * shape[1] // block * size
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K, Kind.MXFP4], ids=lambda kind: kind.name)
 class TestHeldAsGiven:
     """The ops over formats that are only taken over."""
 
@@ -94,8 +96,10 @@ class TestHeldAsGiven:
 
     def test_the_largest_products_do_not_overflow(self, kind):
         raw = np.full((20, row_bytes(kind, 256)), 0xFF, "uint8")
-        for at in (0, 2) if kind == Kind.Q4_K else (208,):
+        for at in {Kind.Q4_K: (0, 2), Kind.Q6_K: (208,)}.get(kind, ()):
             raw[:, at : at + 2] = np.full((20, 1), 0.5, "float16").view("uint8")
+        if kind == Kind.MXFP4:
+            raw.reshape(-1, 17)[:, 0] = 128
         spec = ops.Spec((20, 256), PACKED[kind])
         w = ops.tensor_from_packed(Blocks(kind, raw).pack(spec.dtype, np.empty(spec.nbytes, "uint8")), spec)
         for n in (1, 17):

@@ -25,7 +25,7 @@ ROUTER = "ffn_gate_inp"  # which is never quantised
 # Each family, and each type with blocks of 32 and of 256.
 MIXTURES = [
     ("mixtral", "Q4_K"), ("mixtral", "Q4_0"), ("qwen3_moe", "Q6_K"), ("qwen3_moe", "Q4_0"),
-    ("deepseek_v2", "Q4_K"), ("deepseek_v3", "Q8_0"), ("gpt_oss", "Q8_0"), ("gpt_oss", "Q6_K"),
+    ("deepseek_v2", "Q4_K"), ("deepseek_v3", "Q8_0"), ("gpt_oss", "Q8_0"), ("gpt_oss", "Q6_K"), ("gpt_oss", "MXFP4"),
 ]  # fmt: skip
 
 

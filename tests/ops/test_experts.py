@@ -171,7 +171,7 @@ def test_packed_experts_that_share_a_record_are_refused(form):
 
 def test_dtypes_it_refuses():
     x, ids, weight = ops.zeros((1, 32)), ops.zeros((1, 1), "int32"), ops.zeros((32, 32), "q4k")
-    with pytest.raises(ops.DTypeError, match=r"weight is int8\[32, 32\], expected one of .*q4, q8, q4k, q6k"):
+    with pytest.raises(ops.DTypeError, match=r"weight is int8\[32, 32\], expected one of .*q4, q8, q4k, q6k, mxfp4"):
         ops.experts_linear(x, ops.zeros((32, 32), "int8"), ids, experts=2)
     with pytest.raises(ops.DTypeError, match=r"x is q4k\[32, 32\], expected one of float32"):
         ops.experts_linear(weight, weight, ids, experts=2)
