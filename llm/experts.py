@@ -24,6 +24,11 @@ class ExpertLinear(Module):
         self.bias: Any = Spec((experts * outputs,), dtype) if bias else None
         self.experts = experts
 
+    @property
+    def packs(self) -> bool:
+        """Whether the weight may be packed on this machine: no record holds rows of two experts."""
+        return self.weight.shape[0] // self.experts % ops.target.lanes() == 0
+
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
         return ops.experts_linear(x, self.weight, ids, self.bias, experts=self.experts)
 

@@ -20,6 +20,7 @@ from ops.spec import DTYPES, FLOATS
 
 from .config import parse_config, rope_values
 from .errors import CheckpointError, ConfigError, UserError
+from .experts import ExpertLinear
 from .model import Model
 from .models import architecture
 from .nn import load_parameters
@@ -44,8 +45,9 @@ def load(
     `name_or_path`: "tiny" (the embedded model), a directory in Hugging Face's layout, a `.gguf` file (the first, where
     there are several), a llama2.c `.bin` with its `tok*.bin` beside it, or a Hugging Face repository, downloaded at
     `revision`. Weights are mapped from the file and copied only where `dtype` (float32, float16, bfloat16; default: as
-    stored) asks for a conversion. Of a GGUF file, matrices in Q4_0, Q8_0, Q4_K and Q6_K stay packed, to the very same
-    numbers, unless `weights` says otherwise; other types are unpacked.
+    stored) asks for a conversion. Of a GGUF file, matrices in Q4_0, Q8_0, Q4_K, Q6_K and MXFP4 stay packed, to the very
+    same numbers, unless `weights` says otherwise; other types are unpacked. Experts are packed where the rows of each
+    are a multiple of a vector's lanes, up to 16, as those of published models are.
 
     `weights` is how matrices are held, whatever `dtype` the rest and the activations have: one of those, or "q4" or
     "q8", packed with 4 or 8 bits a value (`ops.quantize`) and kept in the disk cache; then `dtype` is float32 when it
@@ -143,10 +145,23 @@ def _load_gguf(path: Path, dtype: str | None, weights: str | None, progress: boo
 def _hold_as_stored(model: Model, tensors: Mapping[str, Any]) -> None:
     """Matrices whose numbers a packed format holds exactly take that format."""
     forms = {name.removeprefix(model.base): getattr(array, "form", None) for name, array in tensors.items()}
-    for name, spec in list(model.parameters()):
-        if spec.ndim == 2 and (form := forms.get(name)) and not name.endswith(model.kept or ("\0",)):
+    for name, spec in _matrices(model, packed=True):
+        if form := forms.get(name):
             model.set_parameter(name, Spec(spec.shape, form))
             model.cache_dtype = "float16"
+
+
+def _matrices(model: Model, packed: bool) -> list[tuple[str, Tensor | Spec]]:
+    """Weights whose dtype may be chosen. Not packed are experts whose rows do not fill their last record."""
+    whole = model.kept or ("\0",)
+    apart = {
+        f"{path}.weight" for path, module in model.modules() if isinstance(module, ExpertLinear) and not module.packs
+    }
+    return [
+        (name, spec)
+        for name, spec in model.parameters()
+        if spec.ndim == 2 and not name.endswith(whole) and not (packed and name in apart)
+    ]
 
 
 def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = None) -> Model:
@@ -157,9 +172,8 @@ def build(raw: dict[str, Any], dtype: str = "float32", weights: str | None = Non
     config_class, model_class = architecture(raw.get("model_type"))
     model = model_class(parse_config(config_class, raw), dtype)
     if weights is not None:
-        for name, spec in list(model.parameters()):
-            if spec.ndim == 2 and not name.endswith(model.kept or ("\0",)):
-                model.set_parameter(name, Spec(spec.shape, weights))
+        for name, spec in _matrices(model, packed=weights in FORMATS):
+            model.set_parameter(name, Spec(spec.shape, weights))
     if weights in FORMATS:
         model.cache_dtype = "float16"
     return model

@@ -67,9 +67,11 @@ def _weight(rng: np.random.Generator, shape: tuple[int, int], held: str, scale: 
 
 def _groups(rng: np.random.Generator, form: Format, inputs: int, rows: int) -> Groups:
     groups = -(-inputs // form.group)
+    codes = rng.integers(0, 2**form.bits, (rows, groups, form.group), "uint8")
+    if form.shared == 1:
+        return Groups(codes, (rng.uniform(0.5, 1, (rows, groups)) / np.ptp(form.values)).astype(form.scale))
     factors = (rows, -(-groups // form.shared))
     numbers = [rng.integers(1, 64, (rows, groups)).astype(form.scale) for _ in range(1 + form.minimum)]
-    codes = rng.integers(0, 2**form.bits, (rows, groups, form.group), "uint8")
     parts = [rng.uniform(-1, 1, factors) / 2**form.bits / 64 for _ in numbers]
     return Groups(codes, numbers[0], numbers[1] if form.minimum else None, tuple(p.astype("float16") for p in parts))
 
@@ -312,7 +314,7 @@ def _(rng, dtype):
     for n, inputs, outputs, experts, k in sizes:
         x = _values(rng, (n, k, inputs) if n == 3 else (n, inputs), dtype)
         ids = np.argsort(rng.random((n, experts)))[:, :k].astype("int32")
-        for held in dict.fromkeys((dtype, "float32", *(FORMATS if outputs > 1 else ()))):
+        for held in dict.fromkeys((dtype, "float32", *(KNOWN if outputs > 1 else ()))):
             bias = (_values(rng, (experts * outputs,), dtype),) if n > 1 else ()
             yield (x, _weight(rng, (experts * outputs, inputs), held, 0.3), ids, *bias), {"experts": experts}
 

@@ -15,7 +15,7 @@ from tvm.tirx.script import builder as T
 from . import packed, target, tir
 from .errors import DTypeError, OpError, ShapeError
 from .op import like, op
-from .quantize import FORMATS, round_activations
+from .quantize import KNOWN, round_activations
 from .schedule import experts as schedule
 from .spec import FLOATS, Dim
 from .tensor import Tensor
@@ -35,7 +35,7 @@ def experts_linear(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None =
     Shazeer et al. 2017; HF MixtralExperts.
     """
     for name, each, ndims in (("x", x, (2, 3)), ("weight", weight, (2,)), ("bias", bias, (1,))):
-        known = (*FLOATS, *FORMATS) if name == "weight" else FLOATS
+        known = (*FLOATS, *KNOWN) if name == "weight" else FLOATS
         if each is not None and each.dtype not in known:
             raise DTypeError(f"{name} is {each}, expected one of {', '.join(known)}")
         if each is not None and each.ndim not in ndims:
@@ -49,7 +49,7 @@ def experts_linear(x: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None =
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"bias is {bias}, expected [{weight.shape[0]}] for weight {weight}")
     outputs = weight.shape[0] // experts
-    if weight.dtype in FORMATS and outputs % target.lanes():
+    if weight.dtype in KNOWN and outputs % target.lanes():
         raise OpError(
             f"weight is {weight}: a packed expert has a multiple of {target.lanes()} rows, these {outputs}; "
             f"leave the experts unpacked"
@@ -112,7 +112,7 @@ def _packed(X: Any, ndim: int, n: Any, k: int, outputs: int, weight: packed.Weig
     """In an IRBuilder: the sums of products with a packed weight, as `packed.product` has them for one matrix."""
     form, inputs, slots = weight.form, weight.inputs, 1 if ndim == 2 else k
     flat = schedule.Flat(X, slots)
-    codes, scales, _ = packed.quantized(flat, n * slots, inputs, form)
+    codes, scales, sums = packed.quantized(flat, n * slots, inputs, form)
 
     def line(token: Any, slot: Any) -> Any:
         return token if ndim == 2 else token * k + slot
@@ -130,6 +130,9 @@ def _packed(X: Any, ndim: int, n: Any, k: int, outputs: int, weight: packed.Weig
     def scaled(total: Any, at: tuple) -> Any:
         token, slot, output, group = at
         value = dots[at].astype("float32") * weight.scale(row(token, slot, output), group)
+        if form.minimum:
+            minimum = weight.minimum(row(token, slot, output), group)
+            value = value + sums[line(token, slot), group].astype("float32") * minimum
         return total + value * scales[line(token, slot), group]
 
     return tir.folded("scaled", shape, tir.f32(0.0), scaled)

@@ -130,11 +130,12 @@ FORMATS: dict[str, Format] = {
     "q4": Format("q4", bits=4, offset=8),
     "q8": Format("q8", bits=8, offset=128),
 }
-# What may be held: those, and what is only taken over as it was made elsewhere, such as GGUF's Q4_K and Q6_K.
+# What may be held: those, and what is only taken over as it was made elsewhere: GGUF's Q4_K, Q6_K and MXFP4.
 KNOWN: dict[str, Format] = {
     **FORMATS,
     "q4k": Format("q4k", bits=4, scale="uint8", minimum=True, shared=8),
     "q6k": Format("q6k", bits=6, group=16, offset=32, scale="int8", shared=16),
+    "mxfp4": Format("mxfp4", bits=4, levels=(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), scale="float32"),
 }
 
 
@@ -168,7 +169,7 @@ def pack(weight: np.ndarray, form: Format | str, out: np.ndarray | None = None) 
     form = KNOWN[form] if isinstance(form, str) else form
     if weight.ndim != 2:
         raise ShapeError(f"a packed weight is [rows, inputs]; given the shape {list(weight.shape)}")
-    if form.shared > 1:
+    if form.shared > 1 or (form is KNOWN.get(form.name) and form.name not in FORMATS):
         raise DTypeError(f"{form.name} is not made from floats, only taken over from a file: use {', '.join(FORMATS)}")
     groups = form.records(weight.shape, target.lanes())[1]
 

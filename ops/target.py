@@ -216,7 +216,9 @@ GPUS: dict[str, Gpu] = {
                 "int8": f"{_BYTES}give int32",
                 "uint8": f"{_BYTES}give int32",
             }
-            | dict.fromkeys(("q4", "q8", "q4k", "q6k"), f"{_BYTES}load the weights unpacked, in float16 or float32"),
+            | dict.fromkeys(
+                ("q4", "q8", "q4k", "q6k", "mxfp4"), f"{_BYTES}load the weights unpacked, in float16 or float32"
+            ),
         ),
     )
 }

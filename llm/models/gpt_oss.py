@@ -136,7 +136,10 @@ class GptOss(Model):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype)
 
     def from_checkpoint(self, named: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """Experts one below the other. The checkpoint has [experts, inputs, outputs], gate and up taking turns."""
+        """Experts one below the other. The checkpoint has [experts, inputs, outputs], gate and up taking turns.
+
+        What is so already, as of a GGUF file, stays.
+        """
         result: dict[str, np.ndarray] = {}
         for name, each in read_mxfp4(named).items():
             head, found, tail = name.partition(".mlp.experts.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
@@ -43,11 +43,10 @@ class Blocks(Lazy):
     def __getitem__(self, index: Any) -> Blocks:
         return Blocks(self.kind, self.raw[index])
 
-    def below(self, others: Sequence[Any]) -> Blocks | None:
-        """This and others of its kind, one below the other; None where they are not all of its kind."""
-        if not all(isinstance(each, Blocks) and each.kind == self.kind for each in others):
-            return None
-        return Blocks(self.kind, np.concatenate([self.raw, *(each.raw for each in others)]))
+    def reshape(self, *shape: int) -> Lazy:
+        whole = super().reshape(*shape)
+        rows = whole.shape[:-1] if whole.ndim and whole.shape[-1] == self.shape[-1] else None
+        return whole if rows is None else Blocks(self.kind, self.raw.reshape(*rows, self.raw.shape[-1]))
 
     def _unpacked(self) -> np.ndarray:
         rows = self.raw.reshape(-1, self.raw.shape[-1])
@@ -111,6 +110,14 @@ def _q6_k(raw: np.ndarray) -> Groups:
     return Groups(codes, _joined(blocks[..., 192:208]).view("int8"), None, (_halves(blocks[..., 208:]),))
 
 
+def _mxfp4(raw: np.ndarray) -> Groups:
+    """17 bytes: the exponent of a power of two, then codes as in Q4_0, those of 4-bit floats doubled."""
+    blocks = raw.reshape(len(raw), -1, 17)
+    pairs = blocks[..., 1:]
+    codes = np.concatenate((pairs & 15, pairs >> 4), -1)
+    return Groups(codes, np.ldexp(np.float32(1), blocks[..., 0].astype("int32") - 128))
+
+
 def _joined(values: np.ndarray) -> np.ndarray:
     """[rows, blocks, groups of a block] as [rows, groups]."""
     return np.ascontiguousarray(values.reshape(len(values), -1))
@@ -126,6 +133,7 @@ _FORMS: dict[Kind, tuple[str, Callable[[np.ndarray], Groups]]] = {
     Kind.Q8_0: ("q8", _q8_0),
     Kind.Q4_K: ("q4k", _q4_k),
     Kind.Q6_K: ("q6k", _q6_k),
+    Kind.MXFP4: ("mxfp4", _mxfp4),
 }
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
@@ -39,20 +38,6 @@ class Codes(Lazy):
                 and np.all(self._zeros == 2 ** (bits - 1))
                 and np.array_equal(self._scales.astype("float16").astype("float64"), self._scales.astype("float64"))
             )
-
-    def below(self, others: Sequence[Any]) -> Codes | None:
-        """This and others, one below the other; None where they are not of one kind, or have zeros of their own."""
-        parts = [self, *others]
-        for each in parts:
-            alike = isinstance(each, Codes) and (each.bits, each.dtype) == (self.bits, self.dtype)
-            if not alike or not np.array_equal(each._index, self._index) or not np.all(each._zeros == self._zeros):
-                return None
-            if not isinstance(each._zeros, int):
-                return None
-        scales = np.concatenate([each._scales for each in parts])
-        return Codes(
-            lambda: np.concatenate([each._codes() for each in parts]), scales, self._zeros, self._index, self.bits
-        )
 
     def codes(self) -> np.ndarray:
         """uint8 [rows, inputs]."""

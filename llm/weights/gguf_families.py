@@ -372,8 +372,9 @@ FAMILIES: dict[str, Family] = {
                     "post_attention_norm": "post_attention_layernorm",
                     "attn_sinks": "self_attn.sinks",
                     "ffn_gate_inp": "mlp.router",
+                    "ffn_gate_exps": "mlp.experts.gate_proj",
+                    "ffn_up_exps": "mlp.experts.up_proj",
                     "ffn_down_exps": "mlp.experts.down_proj",
-                    "ffn_gate_up_exps": "mlp.experts.gate_up_proj",
                 },
             ),
         },
@@ -383,6 +384,6 @@ FAMILIES: dict[str, Family] = {
             "expert_count": "num_local_experts",
             "expert_used_count": "num_experts_per_tok",
         },
-        changes={"attn_sinks": "bare", "ffn_down_exps": "bare experts", "ffn_gate_up_exps": "bare experts"},
+        changes={"attn_sinks": "bare", **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), "stack")},
     ),
 }

@@ -32,7 +32,7 @@ def translate(given: Container) -> tuple[dict[str, Any], dict[str, Any]]:
         raise CheckpointError(f"{path} has no matrix token_embd.weight: it is a vocabulary or an adapter, not a model")
     _check_layers(given)
     values = config(given, family)
-    _join(tensors, values)
+    _join(tensors)
     found: dict[str, Any] = {}
     unknown: list[str] = []
     for name, array in tensors.items():
@@ -88,17 +88,13 @@ def _same(a: Any, b: Any) -> bool:
     return b is not None and np.array_equal(getattr(a, "raw", a), getattr(b, "raw", b))
 
 
-def _join(tensors: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Put together what the converter takes apart: DeepSeek's kv_b, gpt-oss's gate and up."""
+def _join(tensors: dict[str, Any]) -> None:
+    """Put together what the converter takes apart: DeepSeek's kv_b."""
     for name in [*tensors]:
         layer, _, kind = name.rpartition("attn_k_b.")
         if layer and f"{layer}attn_v_b.{kind}" in tensors:
             k, v = tensors.pop(name), tensors.pop(f"{layer}attn_v_b.{kind}")
             tensors[f"{layer}attn_kv_b.{kind}"] = _kv_b(k, v)
-        layer, _, kind = name.rpartition("ffn_gate_exps.")
-        if layer and values["model_type"] == "gpt_oss" and f"{layer}ffn_up_exps.{kind}" in tensors:
-            gate, up = tensors.pop(name), tensors.pop(f"{layer}ffn_up_exps.{kind}")
-            tensors[f"{layer}ffn_gate_up_exps.{kind}"] = _interleaved(gate, up)
 
 
 def _kv_b(k: Any, v: Any) -> Lazy:
@@ -111,12 +107,6 @@ def _kv_b(k: Any, v: Any) -> Lazy:
     return Lazy((k.shape[0] * (k.shape[2] + v.shape[1]), v.shape[2]), make, k.dtype)
 
 
-def _interleaved(gate: Any, up: Any) -> Lazy:
-    """Rows of gate and up by turns: of weights [experts, rows, inputs], or biases [experts, rows]."""
-    shape = (gate.shape[0], 2 * gate.shape[1], *gate.shape[2:])
-    return Lazy(shape, lambda: np.stack((np.asarray(gate), np.asarray(up)), 2).reshape(shape), gate.dtype)
-
-
 def _named(
     family: Family, stem: str, layer: str | None, kind: str | None, array: Any, values: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
@@ -127,10 +117,10 @@ def _named(
         yield name, _CHANGES[change](array, values)
     elif change == "underscore":
         yield f"{name}_{kind}", array
-    elif change.startswith("bare"):  # stacks of experts are [experts, inputs, outputs] there
-        columns = change == "bare experts" and kind == "weight"
-        turned = changed(array, (array.shape[0], *array.shape[:0:-1]), lambda a: a.swapaxes(1, 2)) if columns else array
-        yield name if kind == "weight" else f"{name}_{kind}", turned
+    elif change == "bare":
+        yield name if kind == "weight" else f"{name}_{kind}", array
+    elif change == "stack":  # as the model has them: one below the other
+        yield f"{name}.{kind}", array.reshape(-1, *array.shape[2:])
     elif "{e}" in name:
         for i in range(array.shape[0]):
             yield f"{name.replace('{e}', str(i))}.{kind}", array[i]

@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ops import target
+from ops.quantize import KNOWN
+
 
 class Lazy:
     """An array whose shape and dtype are known before it is made: `np.asarray` makes it, each time anew.
@@ -48,23 +51,51 @@ class Lazy:
         assert made.shape == self.shape and made.dtype == self.dtype
         return made if dtype is None else made.astype(dtype, copy=False)
 
-    def below(self, others: Sequence[Any]) -> Lazy | None:
-        """This and others, one below the other, where that can be said without making them; else None."""
-        return None
-
     def pack(self, form: str, out: np.ndarray) -> np.ndarray:
         """The bytes of the packed weight in `form`, which is `self.form`, into `out`: no float is rounded."""
         raise NotImplementedError
 
 
+class Pile(Lazy):
+    """Arrays one below the other, alike but for their rows. They are made, or packed, one at a time.
+
+    Raises ValueError where the rows are not alike.
+    """
+
+    def __init__(self, parts: Sequence[Any]):
+        rows, *others = {tuple(each.shape[1:]) for each in parts}
+        if others:
+            raise ValueError(f"rows of shapes {rows} and {others[0]} are not put one below the other")
+        dtype = np.result_type(*(each.dtype for each in parts))
+        super().__init__((sum(each.shape[0] for each in parts), *rows), self._made, dtype)
+        self.parts = [*parts]
+
+    @property
+    def form(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The form that all of them have; None where one's last rows would share a record with the next one's."""
+        forms = {getattr(each, "form", None) for each in self.parts}
+        aligned = all(each.shape[0] % target.lanes() == 0 for each in self.parts)
+        return forms.pop() if aligned and len(forms) == 1 else None
+
+    def _made(self) -> np.ndarray:
+        out, at = np.empty(self.shape, self.dtype), 0
+        for each in self.parts:
+            out[at : at + each.shape[0]] = np.asarray(each)
+            at += each.shape[0]
+        return out
+
+    def pack(self, form: str, out: np.ndarray) -> np.ndarray:
+        at = 0
+        for each in self.parts:
+            size = KNOWN[form].nbytes(each.shape)
+            each.pack(form, out[at : at + size])
+            at += size
+        return out
+
+
 def concatenated(arrays: Sequence[Any]) -> Any:
     """The arrays one below the other, made when they are read where any of them is."""
-    if not any(isinstance(each, Lazy) for each in arrays):
-        return np.concatenate(arrays)
-    if isinstance(arrays[0], Lazy) and (whole := arrays[0].below(arrays[1:])) is not None:
-        return whole
-    shape = (sum(each.shape[0] for each in arrays), *arrays[0].shape[1:])
-    return Lazy(shape, lambda: np.concatenate([np.asarray(each) for each in arrays]), arrays[0].dtype)
+    return Pile(arrays) if any(isinstance(each, Lazy) for each in arrays) else np.concatenate(arrays)
 
 
 def changed(array: Any, shape: Sequence[int], change: Callable[[np.ndarray], np.ndarray]) -> Lazy:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import ops
+from ops.quantize import KNOWN
 from ops.spec import FLOATS
 from tests.ops import test_attention, test_rotary
-from tests.ops.harness import check, random
+from tests.ops.harness import check, held, random
 
 # The others differ from one of these in nothing but the dot product of bytes.
 MACHINES = ("portable", "avx2", "avx512", "avx512-bf16", "neon")
@@ -100,11 +101,11 @@ def test_rows_are_looked_up_and_stored(rng, dtype):
         check(ops.join, x, x[:, :1].copy(), tolerance=0.0)
 
 
-@pytest.mark.parametrize("kind", [*FLOATS, "q4", "q8"])
+@pytest.mark.parametrize("kind", [*FLOATS, *KNOWN])
 def test_mixtures_of_experts(rng, kind):
     for n in (1, 5, 20):
         weights, ids = check(ops.route, random(rng, (n, 4), "float32"), k=2, normalise=True)
-        x, weight = random(rng, (n, 69), "float32"), ops.tensor(random(rng, (4 * 16, 69), "float32"), kind)
+        x, weight = random(rng, (n, 69), "float32"), held(rng, (4 * 16, 69), kind)
         y = check(ops.experts_linear, x, weight, ids.numpy(), experts=4)
         check(ops.combine, y.numpy(), weights.numpy())
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import ops
+from llm.weights import compressed
 from llm.weights.blocks import QUANTIZED, Blocks, Kind, nbytes, row_bytes
 from llm.weights.lazy import Lazy, concatenated
 from ops import quantize, target
@@ -14,7 +15,7 @@ from tests.ops.harness import check, random
 from tests.ops.test_quantize import compiled, reference
 
 KINDS = sorted(QUANTIZED, key=lambda kind: kind.name)
-PACKED = {Kind.Q4_0: "q4", Kind.Q8_0: "q8", Kind.Q4_K: "q4k", Kind.Q6_K: "q6k"}
+PACKED = {Kind.Q4_0: "q4", Kind.Q8_0: "q8", Kind.Q4_K: "q4k", Kind.Q6_K: "q6k", Kind.MXFP4: "mxfp4"}
 RUNS_HERE = ["native", *(name for name, each in target.MACHINES.items() if each.needs <= target.features())]
 
 
@@ -25,6 +26,8 @@ def random_bytes(rng, kind, shape):
     blocks = raw.reshape(-1, size)
     for at in {Kind.Q4_0: (0,), Kind.Q8_0: (0,), Kind.Q4_K: (0, 2), Kind.Q6_K: (208,)}.get(kind, ()):
         blocks[:, at : at + 2] = rng.normal(0, 1e-3, len(blocks)).astype("float16")[:, None].view("uint8")
+    if kind == Kind.MXFP4:
+        blocks[:, 0] = rng.integers(0, 130, len(blocks))  # from below float32's normal numbers on
     return raw
 
 
@@ -49,14 +52,14 @@ def test_repacked_to_exactly_the_same_numbers(rng, name, kind, shape):
         assert given.form == form.name
         packed = given.pack(form.name, np.empty(form.nbytes(shape), "uint8"))
         assert np.array_equal(quantize.unpack(packed, shape, form), gguf.dequantize(raw, kind))
-        # As large as in the file, but for the fill of the last rows, and Q4_K's scales of 6 bits, which take 8.
+        # As large as in the file, but for the fill of the last rows, and scales: Q4_K's of 6 bits take 8, MXFP4's 32.
         rows = -(-shape[0] // target.lanes()) * target.lanes()
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        size += 4 * (kind == Kind.Q4_K)
+        size += {Kind.Q4_K: 4, Kind.MXFP4: 3}.get(kind, 0)
         assert packed.nbytes == rows * shape[1] // block * size
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [Kind.Q4_K, Kind.Q6_K, Kind.MXFP4], ids=lambda kind: kind.name)
 class TestHeldAsGiven:
     """The ops over formats that are only taken over."""
 
@@ -93,8 +96,10 @@ class TestHeldAsGiven:
 
     def test_the_largest_products_do_not_overflow(self, kind):
         raw = np.full((20, row_bytes(kind, 256)), 0xFF, "uint8")
-        for at in (0, 2) if kind == Kind.Q4_K else (208,):
+        for at in {Kind.Q4_K: (0, 2), Kind.Q6_K: (208,)}.get(kind, ()):
             raw[:, at : at + 2] = np.full((20, 1), 0.5, "float16").view("uint8")
+        if kind == Kind.MXFP4:
+            raw.reshape(-1, 17)[:, 0] = 128
         spec = ops.Spec((20, 256), PACKED[kind])
         w = ops.tensor_from_packed(Blocks(kind, raw).pack(spec.dtype, np.empty(spec.nbytes, "uint8")), spec)
         for n in (1, 17):
@@ -137,8 +142,44 @@ def test_lazy_arrays_are_rearranged_like_others(rng):
     both = concatenated([lazy, values])
     assert isinstance(both, Lazy) and np.array_equal(np.asarray(both), np.concatenate([values] * 2))
     assert isinstance(concatenated([values, values]), np.ndarray)
-    raw = random_bytes(rng, Kind.Q4_0, (5, 64))
-    stacked = concatenated([Blocks(Kind.Q4_0, raw), Blocks(Kind.Q4_0, raw)])
-    assert stacked.form == "q4" and np.array_equal(stacked.raw, np.concatenate([raw, raw]))
-    mixed = concatenated([Blocks(Kind.Q4_0, raw), values[:, :1].repeat(64, 1)])
-    assert mixed.shape == (11, 64) and np.asarray(mixed).shape == (11, 64)
+    with pytest.raises(ValueError, match=r"rows of shapes \(.,\) and \(.,\) are not put one below the other"):
+        concatenated([lazy, values[:, :1]])
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
+def test_a_pile_is_packed_part_by_part(rng, kind):
+    rows, form = 2 * target.lanes(), KNOWN[PACKED[kind]]
+    raw = random_bytes(rng, kind, (3, rows, 512))
+    pile, whole = concatenated([*Blocks(kind, raw)]), Blocks(kind, raw).reshape(-1, 512)
+    assert isinstance(whole, Blocks) and pile.form == whole.form == form.name and pile.shape == whole.shape
+    given, wanted = (each.pack(form.name, np.empty(form.nbytes(whole.shape), "uint8")) for each in (pile, whole))
+    assert np.array_equal(given, wanted)
+    assert np.array_equal(quantize.unpack(given, whole.shape, form), gguf.dequantize(raw, kind).reshape(-1, 512))
+    assert np.array_equal(np.asarray(pile), gguf.dequantize(raw, kind).reshape(-1, 512))
+    assert Blocks(kind, raw).reshape(3, rows, 2, 256).form is None
+
+
+def test_what_a_pile_is_not_packed_to(rng):
+    lanes = target.lanes()
+    raw = random_bytes(rng, Kind.Q4_0, (2, lanes, 64))
+    floats = random(rng, (lanes, 64), "float32")
+    parts = [*Blocks(Kind.Q4_0, raw)]
+    assert concatenated(parts).form == "q4"
+    assert concatenated([each[1:] for each in parts]).form is None, "a record would hold rows of two"
+    others = (floats, Blocks(Kind.Q8_0, random_bytes(rng, Kind.Q8_0, (lanes, 64))))
+    for other in others:
+        mixed = concatenated([*parts, other])
+        assert mixed.form is None
+        wanted = np.concatenate([*gguf.dequantize(raw, Kind.Q4_0), np.asarray(other)])
+        assert np.array_equal(np.asarray(mixed), wanted)
+    half = Lazy(floats.shape, lambda: floats.astype("float16"), "float16")
+    assert concatenated([half, parts[0]]).dtype == "float32"
+
+
+def test_a_pile_of_another_librarys_codes(rng):
+    shape = (2 * target.lanes(), 96)
+    parts = [compressed.packed(random(rng, shape, "float32"), "q4") for _ in range(3)]
+    pile = concatenated(parts)
+    packed = pile.pack("q4", np.empty(KNOWN["q4"].nbytes(pile.shape), "uint8"))
+    exact = [(each.codes() - np.float32(8)) * each.scales.repeat(32, 1).astype("float32") for each in parts]
+    assert pile.form == "q4" and np.array_equal(quantize.unpack(packed, pile.shape, "q4"), np.concatenate(exact))

@@ -21,7 +21,7 @@ from tests.llm import gguf_files
 from tests.llm.gguf_files import SIZES, byte_level, write
 
 KINDS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL MXFP4".split()  # noqa: SIM905
-PACKED = {"Q4_0": "q4", "Q8_0": "q8", "Q4_K": "q4k", "Q6_K": "q6k"}
+PACKED = {"Q4_0": "q4", "Q8_0": "q8", "Q4_K": "q4k", "Q6_K": "q6k", "MXFP4": "mxfp4"}
 HEADS = {"attn_q": 4, "attn_k": 2}
 NAMES = {
     "attn_norm": "input_layernorm",

@@ -22,7 +22,6 @@ SPELT = {
     ".experts.{e}.": ".experts.",
     ".norms.{e}": "",
     "mixer.dt": "mixer.dt_proj",
-    "mlp.experts.gate_up_proj": None,  # only gpt-oss has both in one, and GGUF has them apart
 }
 VALUES: dict[str, Any] = {
     "context_length": 100,
@@ -87,11 +86,7 @@ def test_every_tensor_of_a_family_has_a_name(name):
     kind = next(each for each, text in gguf.MODEL_ARCH_NAMES.items() if text == LIBRARY.get(name, name))
     listed = {gguf.TENSOR_NAMES[each].replace("{bid}", "{i}") for each in gguf.MODEL_TENSORS[kind]}
     apart = {"rope_freqs", "rope_factors_long", "rope_factors_short", "blk.{i}.attn_rot_embd"}
-    apart |= {
-        f"blk.{{i}}.{each}"
-        for each in ("attn_k_b", "attn_v_b", "ffn_gate_exps", "ffn_up_exps")
-        if name in ("deepseek2", "gpt-oss")
-    }
+    apart |= {f"blk.{{i}}.{each}" for each in ("attn_k_b", "attn_v_b") if name == "deepseek2"}
     lacking = listed - FAMILIES[name].tensors.keys() - apart
     allowed = {
         "llama": {"blk.{i}.ffn_gate_inp", "blk.{i}.ffn_gate_exps", "blk.{i}.ffn_down_exps", "blk.{i}.ffn_up_exps"},
@@ -239,9 +234,9 @@ def test_gpt_osss_experts(rng):
     config, found = translated(
         "gpt-oss", given, values | {"attention.sliding_window": 7, "expert_count": 3, "expert_used_count": 2}
     )
-    both = found["model.layers.0.mlp.experts.gate_up_proj"]
-    assert np.array_equal(both[..., ::2], gate.swapaxes(1, 2)) and np.array_equal(both[..., 1::2], up.swapaxes(1, 2))
-    assert np.array_equal(found["model.layers.0.mlp.experts.gate_up_proj_bias"][:, 1::2], up[..., 0])
+    for name, wanted in (("gate", gate), ("up", up)):  # one below the other, as the model has them
+        assert np.array_equal(found[f"model.layers.0.mlp.experts.{name}_proj.weight"], wanted.reshape(15, 8))
+        assert np.array_equal(found[f"model.layers.0.mlp.experts.{name}_proj.bias"], wanted[..., 0].reshape(15))
     assert np.array_equal(found["model.layers.0.self_attn.sinks"], sinks)
     assert config["rope_scaling"] == {
         "rope_type": "yarn",

@@ -19,6 +19,11 @@ def random(rng: np.random.Generator, shape: tuple[int, ...], dtype: str, scale: 
     return (rng.standard_normal(shape) * scale).astype(DTYPES[dtype])
 
 
+def held(rng: np.random.Generator, shape: tuple[int, int], kind: str) -> ops.Tensor:
+    """A weight in a float dtype, or packed; codes of what is only taken over are drawn by chance."""
+    return ops.examples._weight(rng, shape, kind)
+
+
 def check(op: Any, *args: Any, tolerance: float | None = None, **constants: Any) -> Any:
     """Run `op` on tensors over `args` (arrays; other values pass as they are) and compare with its reference.
 

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 import ops
 from ops import target
-from tests.ops.harness import DTYPE_NAMES, check, random
+from ops.quantize import KNOWN
+from tests.ops.harness import DTYPE_NAMES, check, held, random
 
 TOKENS = (1, 2, 3, 16, 17, 70)
 
 
 def operands(rng, n, k, experts, inputs, outputs, x_dtype="float32", weight_dtype="float32", each=False):
-    """x, weight and ids; x has a row for each expert of a token where `each` is set."""
+    """x, weight and ids; x has a row for each expert of a token where `each` is set. A packed weight is a tensor."""
     x = random(rng, (n, k, inputs) if each else (n, inputs), x_dtype)
-    weight = random(rng, (experts * outputs, inputs), weight_dtype)
+    shape = experts * outputs, inputs
+    weight: Any = held(rng, shape, weight_dtype) if weight_dtype in KNOWN else random(rng, shape, weight_dtype)
     ids = np.argsort(rng.random((n, experts)), axis=1)[:, :k].astype("int32")
     return x, weight, ids
 
@@ -45,52 +47,88 @@ def test_any_number_of_tokens(n, seed):
     check(ops.experts_linear, *operands(np.random.default_rng(seed), n, 3, 7, 45, 19), experts=7)
 
 
-@pytest.mark.parametrize("kind, each", [("float32", False), ("bfloat16", True), ("q4", False), ("q8", True)])
+@pytest.mark.parametrize(
+    "kind, each",
+    [("float32", False), ("bfloat16", True), ("q4", False), ("q8", True), ("q4k", False), ("q4k", True), ("q6k", True)],
+)
 def test_a_token_does_not_depend_on_the_others(rng, kind, each):
-    x, weight, ids = operands(rng, 70, 3, 5, 130, 48, each=each)
-    weight = ops.tensor(weight, kind)
+    x, weight, ids = operands(rng, 70, 3, 5, 130, 48, weight_dtype=kind, each=each)
+    weight = ops.tensor(weight) if isinstance(weight, np.ndarray) else weight
     whole = check(ops.experts_linear, x, weight, ids, experts=5).numpy()
     for rows in (slice(0, 1), slice(69, 70), slice(3, 19), slice(0, 17)):
         part = check(ops.experts_linear, x[rows].copy(), weight, ids[rows].copy(), experts=5).numpy()
         assert np.array_equal(part, whole[rows])
 
 
-def test_all_tokens_of_one_expert(rng):
-    x, weight, ids = operands(rng, 300, 1, 4, 70, 64)
+@pytest.mark.parametrize("kind", ["float32", *KNOWN])
+def test_all_tokens_of_one_expert(rng, kind):
+    x, weight, ids = operands(rng, 300, 1, 4, 70, 64, weight_dtype=kind)
     ids[:] = 2
-    for kind in ("float32", "q8"):
-        check(ops.experts_linear, x, ops.tensor(weight, kind), ids, experts=4)
+    check(ops.experts_linear, x, weight, ids, experts=4)
 
 
-@pytest.mark.parametrize("form, x_dtype", [("q4", "float32"), ("q8", "bfloat16"), ("q4", "float16")])
-def test_packed(rng, form, x_dtype):
+@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize(
+    "x_dtype, inputs, each", [("float32", 96, False), ("bfloat16", 77, True), ("float16", 512, True)]
+)
+def test_packed(rng, form, x_dtype, inputs, each):
     for n in TOKENS:
-        for inputs, each in ((96, False), (77, True)):
-            x, weight, ids = operands(rng, n, 2, 5, inputs, 2 * target.lanes(), x_dtype, each=each)
-            weight, bias = ops.tensor(weight, form), random(rng, (weight.shape[0],), x_dtype)
-            check(ops.experts_linear, x, weight, ids, bias, experts=5)
+        x, weight, ids = operands(rng, n, 2, 5, inputs, 2 * target.lanes(), x_dtype, form, each)
+        check(ops.experts_linear, x, weight, ids, random(rng, (weight.shape[0],), x_dtype), experts=5)
 
 
-@pytest.mark.parametrize("kind", ["float32", "q4"])
+@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("inputs, k, experts", [(1, 1, 1), (257, 1, 3), (300, 8, 64)])
+def test_packed_of_odd_sizes(rng, form, inputs, k, experts):
+    """Groups, and those that share a factor, filled in part; a token with one expert; most chosen by nobody."""
+    for n in (1, 17):
+        check(
+            ops.experts_linear, *operands(rng, n, k, experts, inputs, target.lanes(), "float32", form), experts=experts
+        )
+
+
+@pytest.mark.parametrize("kind", ["float32", *KNOWN])
 def test_on_all_threads(rng, kind):
     for n in (1, 5, 40):
-        x, weight, ids = operands(rng, n, 2, 4, 256, 1040)
-        check(ops.experts_linear, x, ops.tensor(weight, kind), ids, experts=4)
+        x, weight, ids = operands(rng, n, 2, 4, 256, 1040, weight_dtype=kind)
+        check(ops.experts_linear, x, weight, ids, experts=4)
 
 
-@pytest.mark.parametrize("kind, each", [("float32", False), ("bfloat16", True), ("q8", False), ("q4", True)])
+@pytest.mark.parametrize(
+    "kind, each",
+    [("float32", False), ("bfloat16", True), ("q8", False), ("q4", True), ("q4k", False), ("q4k", True), ("q6k", True)],
+)
 def test_the_block_definition(rng, kind, each):
     for n in (1, 5, 20):
-        x, weight, ids = operands(rng, n, 2, 3, 45, target.lanes(), each=each)
-        arrays = (
-            ops.tensor(x),
-            ops.tensor(weight, kind),
-            ops.tensor(ids),
-            ops.tensor(random(rng, (len(weight),), kind if kind[0] != "q" else "float32")),
-        )
-        with ops.experts_linear.use(ops.experts_linear._request(arrays, {"experts": 3}).blocks()) as use:
+        x, weight, ids = operands(rng, n, 2, 3, 45, target.lanes(), weight_dtype=kind, each=each)
+        bias = random(rng, (weight.shape[0],), "float32" if kind in KNOWN else kind)
+        arrays = [ops.tensor(a) if isinstance(a, np.ndarray) else a for a in (x, weight, ids, bias)]
+        with ops.experts_linear.use(ops.experts_linear._request(tuple(arrays), {"experts": 3}).blocks()) as use:
             check(ops.experts_linear, *arrays, experts=3)
         assert use.hits == 1
+
+
+@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("n", [1, 20])
+def test_packed_experts_that_nobody_chose_are_not_read(rng, form, n):
+    x, weight, ids = operands(rng, n, 2, 6, 64, 2 * target.lanes(), weight_dtype=form)
+    ids[ids == 4] = 5
+    tensors = ops.tensor(x), weight, ops.tensor(ids)
+    clean = ops.experts_linear(*tensors, experts=6).numpy().copy()
+    size = weight.nbytes // 6
+    np.from_dlpack(weight.buffer.data)[4 * size : 5 * size] = 0xFF  # scales and factors are NaN
+    assert np.isnan(weight.numpy()[-4 * target.lanes() : -2 * target.lanes()]).all()
+    assert np.array_equal(ops.experts_linear(*tensors, experts=6).numpy(), clean)
+
+
+@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_token_that_is_not_finite_is_nan_and_harms_no_other(rng, form, bad):
+    x, weight, ids = operands(rng, 20, 2, 3, 64, target.lanes(), weight_dtype=form)
+    clean = check(ops.experts_linear, x.copy(), weight, ids, experts=3).numpy().copy()
+    x[3, 40] = bad
+    result = check(ops.experts_linear, x, weight, ids, experts=3).numpy()
+    assert np.isnan(result[3]).all() and np.array_equal(np.delete(result, 3, 0), np.delete(clean, 3, 0))
 
 
 def test_only_the_chosen_experts_are_read(rng):
@@ -124,10 +162,19 @@ def test_shapes_it_refuses(x, weight, ids, experts, error):
         ops.experts_linear(ops.zeros(x), ops.zeros(weight), ops.zeros(ids, "int32"), experts=experts)
 
 
-def test_packed_experts_that_share_a_record_are_refused():
+@pytest.mark.parametrize("form", KNOWN)
+def test_packed_experts_that_share_a_record_are_refused(form):
     rows = target.lanes() + 1
-    with pytest.raises(ops.OpError, match="leave the experts unpacked"):
-        ops.experts_linear(ops.zeros((1, 32)), ops.zeros((2 * rows, 32), "q8"), ops.zeros((1, 1), "int32"), experts=2)
+    with pytest.raises(ops.OpError, match=rf"weight is {form}\[.*leave the experts unpacked"):
+        ops.experts_linear(ops.zeros((1, 32)), ops.zeros((2 * rows, 32), form), ops.zeros((1, 1), "int32"), experts=2)
+
+
+def test_dtypes_it_refuses():
+    x, ids, weight = ops.zeros((1, 32)), ops.zeros((1, 1), "int32"), ops.zeros((32, 32), "q4k")
+    with pytest.raises(ops.DTypeError, match=r"weight is int8\[32, 32\], expected one of .*q4, q8, q4k, q6k, mxfp4"):
+        ops.experts_linear(x, ops.zeros((32, 32), "int8"), ids, experts=2)
+    with pytest.raises(ops.DTypeError, match=r"x is q4k\[32, 32\], expected one of float32"):
+        ops.experts_linear(weight, weight, ids, experts=2)
 
 
 @pytest.mark.parametrize("dtype", DTYPE_NAMES)
