@@ -85,6 +85,15 @@ def _(call: Call) -> Cost:
     return Cost(generic(call).bytes, _size(call) * (2 * call.inputs["weight"].shape[1] + (bias is not None)))
 
 
+@rule("experts_linear", of_values=True)
+def _(call: Call) -> Cost:
+    """Of the experts only those that a token chose are read."""
+    x, weight, ids = (call.inputs[name] for name in ("x", "weight", "ids"))
+    bias, experts = call.inputs.get("bias"), call.constants["experts"]
+    read = len(np.unique(ids.numpy())) * _nbytes(weight, bias) // experts
+    return Cost(_nbytes(x, ids) + read + _given_back(call), _size(call) * (2 * weight.shape[1] + (bias is not None)))
+
+
 @rule("layer_norm")
 def _(call: Call) -> Cost:
     return Cost(generic(call).bytes, _size(call) * (6 + (call.inputs.get("bias") is not None)))
