@@ -87,6 +87,8 @@ class Cuda(Device):
             for i in made:
                 self._filled.discard(given[i].data_ptr())
             kernel(*given)
+            if not self._shares:  # the CPU may look at any time, and must find nothing running
+                self.wait()
 
         return run
 

@@ -26,14 +26,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 from . import languages, verify
+from .build import is_primfunc
 from .call import Call, Use, raw, uses_lock
 from .errors import KernelError, OpError, SelectorError, SwapRefused, SwapWarning
 from .languages.base import Options, SourceError
 from .languages.kernel import Shape
-from .languages.source import Origin, definition, plain_function, redefined
+from .languages.source import Origin, decorated_again, definition, plain_function, redefined, written_in
 from .listing import Text
 from .op import Op, registry
 from .select import Selector
@@ -76,6 +78,8 @@ class Recipe:
 
     def again(self) -> Recipe:
         """The recipe with the function as its file has it now."""
+        if is_primfunc(self.decorated) and self.origin.function is not None:
+            return replace(self, decorated=decorated_again(self.origin.function, self.origin.ordinal))
         function = plain_function(self.decorated)
         if self.origin.function is None or self.language in languages.TEXTS or function is None:
             return self
@@ -264,7 +268,9 @@ def decorator(
     options = Options(device, (flags,) if isinstance(flags, str) else tuple(flags), sandbox)
 
     def swap(decorated: Any) -> Swap:
-        origin = decorated if isinstance(decorated, Origin) else _origin(op, language, decorated, file)
+        origin = (
+            decorated if isinstance(decorated, Origin) else _origin(op, language, decorated, file, sys._getframe(1))
+        )
         recipe = Recipe(
             op, language, origin, decorated, shape, dict(dims or {}), options, selector, edge_cases
         )  # fmt: skip
@@ -273,10 +279,13 @@ def decorator(
     return swap
 
 
-def _origin(op: Op, language: str, decorated: Any, file: str | Path | None) -> Origin:
-    """Where the text of what was decorated stands. Raises SwapRefused for what holds none."""
+def _origin(op: Op, language: str, decorated: Any, file: str | Path | None, frame: FrameType) -> Origin:
+    """Where the text of what was decorated, in a frame, stands. Raises SwapRefused for what holds none."""
     function = plain_function(decorated)
     name = getattr(decorated, "__name__", None) or op.name
+    if is_primfunc(decorated):
+        name = str(decorated.attrs["global_symbol"])
+        function = written_in(frame, name)
     if language in languages.TEXTS and (function is None or not name.isidentifier()):
         given = getattr(decorated, "__name__", repr(decorated))
         raise SwapRefused(f"a kernel in {language} is called by the name of the function: use def, not {given}")

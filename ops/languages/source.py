@@ -6,13 +6,15 @@ An `Origin` finds the text again after it was edited, by the function's name in 
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import linecache
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..call import cell_of
@@ -135,19 +137,52 @@ def redefined(function: Callable, ordinal: int | None) -> Callable:
     return _in_its_scope(function, node, path)
 
 
+def written_in(frame: FrameType, name: str) -> Callable | None:
+    """The plain function that a line of this frame decorates, where what was made of it is none, as a PrimFunc.
+
+    None where the text is not found.
+    """
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    linecache.checkcache(path)
+    with contextlib.suppress(SyntaxError):
+        for node in ast.walk(ast.parse("".join(linecache.getlines(path)))):
+            if isinstance(node, ast.FunctionDef) and node.name == name and _first_line(node) <= line <= node.lineno:
+                first = _first_line(node)
+                made = _made(node, [], path, frame.f_globals | frame.f_locals)
+                made.__code__ = made.__code__.replace(co_firstlineno=first)  # as of a decorated function
+                return made
+    return None
+
+
+def decorated_again(function: Callable, ordinal: int | None) -> Any:
+    """What the innermost decorator makes of the function as its file has it now. Raises SourceError."""
+    node, path = definition(function, ordinal)
+    try:
+        return _made(node, node.decorator_list[-1:], path, function.__globals__)
+    except SourceError:
+        raise
+    except Exception as error:  # the decorator's own, about a text that it does not understand
+        raise SourceError(f"{shown(path)}:{node.lineno}: {error}") from None
+
+
 def _in_its_scope(function: Callable, node: ast.FunctionDef, path: str) -> Callable:
     """What the definition makes, without decorators, in the globals and the closure that `function` has."""
-    node.decorator_list = []
     names = dict(function.__globals__)
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         names[name] = cell.cell_contents
+    made = _made(node, [], path, names)
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made
+
+
+def _made(node: ast.FunctionDef, decorators: list[ast.expr], path: str, names: Mapping[str, Any]) -> Any:
+    """What a definition makes with these decorators among these names. Raises SourceError."""
+    node.decorator_list, names = decorators, dict(names)
     try:
         exec(compile(ast.Module([node], []), path, "exec"), names)
     except SyntaxError as error:
         raise SourceError(f"{shown(path)}:{error.lineno}: {error.msg}") from None
-    made = names[node.name]
-    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return made
+    return names[node.name]
 
 
 def plain_function(value: Any) -> Callable | None:

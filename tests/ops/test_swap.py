@@ -234,6 +234,44 @@ def test_an_edited_file_replaces_the_kernel(x, tmp_path):
     toy_double._examples = None
 
 
+PRIMFUNC = """
+from tvm.script import tirx as T
+from tests.ops.toys import toy_double
+
+WIDTH = 8
+
+@toy_double.swap("tvmscript", check="first 2")
+@T.prim_func(s_tir=True)
+def doubled(x_: T.handle, out_: T.handle):
+    n = T.int64()
+    X = T.match_buffer(x_, (n, WIDTH), "float32", align=1)
+    Y = T.match_buffer(out_, (n, WIDTH), "float32", align=1)
+    for i, k in T.grid(n, WIDTH):
+        with T.sblock("doubled"):
+            vi, vk = T.axis.remap("SS", [i, k])
+            Y[vi, vk] = {}
+"""
+
+
+def test_an_edited_primfunc_is_reloaded(x, tmp_path):
+    file = tmp_path / "kernels.py"
+    file.write_text(PRIMFUNC.format("X[vi, vk] + X[vi, vk]"))
+    swap = imported(file).doubled
+    assert swap.name == "doubled"
+    toy_double(x)
+    old = swap.kernel
+    file.write_text("# a line more\n" + PRIMFUNC.format("X[vi, vk] * T.float32(2)"))
+    assert ops.reload() == [swap] and swap.kernel is not old and "float32(2.0)" in str(swap.source())
+    np.testing.assert_array_equal(toy_double(x).numpy(), 2 * x.numpy())
+    for text, said in (("Z[vi, vk]", r"kernels\.py:\d+: "), ("X[vi, vk + 8]", "out of bounds")):
+        right = swap.kernel
+        file.write_text(PRIMFUNC.format(text))
+        with pytest.raises(ops.KernelError, match=said):
+            swap.reload()
+        assert swap.kernel is right
+    np.testing.assert_array_equal(toy_double(x).numpy(), 2 * x.numpy())
+
+
 def test_a_file_is_looked_at_while_the_program_runs(x, tmp_path):
     file = tmp_path / "kernels.py"
     file.write_text(FILE.format("x + x"))
