@@ -36,7 +36,7 @@ def _found() -> Device | str:
     except ImportError:
         return str(nvrtc.missing("the package cuda-bindings"))
     except RuntimeError as error:  # the bindings find no driver
-        return f"no NVIDIA driver: {error}"
+        return f"no NVIDIA driver: {str(error).rstrip('.')}"
     if status != driver.CUresult.CUDA_SUCCESS:
         return f"no NVIDIA GPU: {status.name}"
     if not done(driver, driver.cuDeviceGetCount()):
