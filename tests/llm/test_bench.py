@@ -39,7 +39,14 @@ def test_bench_json(limpid, quick):
 
 def test_contexts_take_turns():
     said: list[str] = []
-    times = bench._steps(lambda ids, cache, **_: said.append(cache), {16: "a", 1024: "b"}, most=5, seconds=9.0)
+
+    class Model:
+        device = "cpu"
+
+        def __call__(self, ids, cache, **_):
+            said.append(cache)
+
+    times = bench._steps(Model(), {16: "a", 1024: "b"}, most=5, seconds=9.0)
     assert {context: len(each) for context, each in times.items()} == {16: 5, 1024: 5}
     assert said == ["a", "b"] * 8
 

@@ -56,6 +56,7 @@ def test_generated_source_runs(dtype: str, width: int):
 
 class Result(enum.Enum):
     CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
 
 
@@ -66,6 +67,7 @@ class PlayedDriver:
     """
 
     CUresult = Result
+    CUpointer_attribute = SimpleNamespace(CU_POINTER_ATTRIBUTE_IS_MANAGED="managed")
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
 
     def __init__(self, program: Any):
@@ -85,6 +87,10 @@ class PlayedDriver:
     def cuFuncSetAttribute(self, function: bytes, attribute: str, value: int):
         self.told.append((attribute, value))
         return (Result.CUDA_SUCCESS,)
+
+    def cuPointerGetAttribute(self, attribute: str, address: int):
+        assert attribute == "managed"
+        return Result.CUDA_ERROR_INVALID_VALUE, None  # as of memory of the host
 
     def cuMemAlloc(self, size: int):
         assert size > 0
