@@ -8,8 +8,12 @@ from tests import parity
 from tests.parity_more import MORE
 
 OTHERS = {each["name"] for each in MORE}  # tests/llm/test_left_out.py leaves parts of them out
-# Of each family one, with what it has in float32; `python -m tests.parity` has all.
+# Of each family one, with what it has in float32, of each kind of family always; `python -m tests.parity` has all.
 FIRST = [*{case.model_type: case for case in reversed(parity.CASES) if case.dtype == "float32"}.values()]
+KINDS = ("llama", "gpt2", "mixtral", "mamba2")
+CASES = [
+    pytest.param(each, id=each.name, marks=() if each.model_type in KINDS else pytest.mark.families) for each in FIRST
+]
 HALF = [case for case in parity.CASES if case.dtype == "bfloat16" and case.name not in OTHERS]
 
 
@@ -18,7 +22,7 @@ def needs_the_extra():
         pytest.importorskip(name, reason="the parity extra is not installed: pip install -e '.[parity]'")
 
 
-@pytest.mark.parametrize("case", FIRST, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES)
 def test_matches_transformers(case, seed):
     needs_the_extra()
     result = parity.run(case, seed % 2**31)
