@@ -250,8 +250,9 @@ def _constant(value: Any) -> Any:
 
 
 def _plain(spec: Spec) -> dict[str, Any]:
-    return {"shape": list(spec.shape), "dtype": spec.dtype}
+    return {"shape": list(spec.shape), "dtype": spec.dtype} | ({"device": spec.device} if spec.device != "cpu" else {})
 
 
 def _spec(plain: dict[str, Any]) -> Spec:
-    return Spec(tuple(plain["shape"]), plain["dtype"])
+    """The spec, on its device where this machine has that."""
+    return ops.device.here(Spec(tuple(plain["shape"]), plain["dtype"], plain.get("device", "cpu")))

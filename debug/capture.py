@@ -153,6 +153,7 @@ class Capture(ops.Interceptor):
     def call(self, call: Call, launch: Callable[[Call], Any]) -> Any:
         here = self._here()
         shelf, outer = here.shelves[here.depth], here.shelves[here.depth - 1] if here.depth else None
+        ops.device.wait(call.device)  # its memory is copied
         try:
             shelf.fill(call, *self._members(call))
         except OverflowError:
@@ -162,7 +163,9 @@ class Capture(ops.Interceptor):
             outer.slot.clear()  # the innermost call is the one that would have killed the process
         here.depth += 1
         try:
-            return launch(call)
+            output = launch(call)
+            ops.device.wait(call.device)  # a kernel that is only started may still fail
+            return output
         finally:
             here.depth -= 1
             shelf.slot.clear()

@@ -45,11 +45,13 @@ class KernelCell:
         parts = [html.note(repr(self.swap))]
         for each in self.races:
             rows = [
-                Row(side.name, 1, side.seconds, each.cost.bytes, each.cost.flops)
+                Row(side.name, 1, side.seconds, each.cost.bytes, each.cost.flops, each.call.device)
                 for side in each.contenders
                 if side.seconds is not None
             ]
-            parts += [each.html(), roofline.plot(rows, ceilings.read_bandwidth(), ceilings.fma_peak())]
+            parts.append(each.html())
+            if (peak := ceilings.peak(each.call.device)) is not None:
+                parts.append(roofline.plot(rows, ceilings.bandwidth(each.call.device), peak))
         return html.box(*parts)
 
 

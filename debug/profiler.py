@@ -52,19 +52,25 @@ class Row(NamedTuple):
     seconds: float
     bytes: int
     flops: int
+    device: str = "cpu"
 
     @property
     def percent_of_bandwidth(self) -> float:
-        return 100 * self.bytes / self.seconds / ceilings.read_bandwidth() if self.seconds else 0.0
+        return 100 * self.bytes / self.seconds / ceilings.bandwidth(self.device) if self.seconds else 0.0
 
     @property
-    def percent_of_peak(self) -> float:
-        return 100 * self.flops / self.seconds / ceilings.fma_peak() if self.seconds else 0.0
+    def percent_of_peak(self) -> float | None:
+        """None on a device whose peak is not known."""
+        peak = ceilings.peak(self.device)
+        return None if peak is None else 100 * self.flops / self.seconds / peak if self.seconds else 0.0
 
     @property
     def bound(self) -> str:
-        """The roof that is reached first: "memory" or "compute"."""
-        return "compute" if self.flops / ceilings.fma_peak() > self.bytes / ceilings.read_bandwidth() else "memory"
+        """The roof that is reached first: "memory" or "compute"; nothing where a roof is not known."""
+        peak = ceilings.peak(self.device)
+        if peak is None:
+            return ""
+        return "compute" if self.flops / peak > self.bytes / ceilings.bandwidth(self.device) else "memory"
 
 
 _KEYS: dict[str, Callable[[CallTime], str]] = {
@@ -161,10 +167,15 @@ class Profile(Tool):
             groups.setdefault(_KEYS[by](call), []).append(call)
         rows = [
             Row(name, len(calls), sum(c.kernel for c in calls) / 1e9,
-                sum(c.cost.bytes for c in calls), sum(c.cost.flops for c in calls))
+                sum(c.cost.bytes for c in calls), sum(c.cost.flops for c in calls), self.device)
             for name, calls in groups.items()
         ]  # fmt: skip
         return sorted(rows, key=lambda row: -row.seconds)
+
+    @property
+    def device(self) -> str:
+        """Where the calls were computed."""
+        return next((spec.device for call in self.calls for spec in call.outputs), "cpu")
 
     @property
     def forwards(self) -> list[ModuleTime]:
@@ -198,6 +209,7 @@ class Profile(Tool):
         for _ in range(repeat):
             begin = now()
             run()
+            ops.device.wait(self.device)
             totals.append(now() - begin)
             timing.start(self._plans)
             before = clock.kernel
@@ -227,7 +239,7 @@ class Profile(Tool):
     def summary(self) -> str:
         """What the forwards took, in a line."""
         kernels = f"kernels {_time_of(self.kernel_seconds)}"
-        roofs = f"{ceilings.read_bandwidth() / 1e9:.3g} GB/s, {ceilings.fma_peak() / 1e9:.4g} GFLOP/s"
+        where, roofs = self.device, ", ".join(ceilings.described(self.device))
         if self.forwards:
             count = f"{len(self.forwards)} forward{'s' if len(self.forwards) > 1 else ''}, "
             python = f", Python and dispatch at most {_time_of(self.python_seconds)}"
@@ -236,18 +248,27 @@ class Profile(Tool):
         if self._overhead:
             seconds, own = self._overhead.seconds, self._overhead.python_seconds
             python = f"; a run with no tool on {_time_of(seconds)}, {own / seconds:.1%} of it Python and dispatch"
-        return f"{count}{len(self.calls)} calls: {kernels}{python}. This machine: {roofs}"
+        return (
+            f"{count}{len(self.calls)} calls: {kernels}{python}. {'This machine' if where == 'cpu' else where}: {roofs}"
+        )
 
     def __repr__(self) -> str:
         return "\n\n".join([self.summary(), repr(self.by("op")), repr(self.by("layer"))])
 
     def roofline(self, by: str = "op") -> str:
-        """The roofline plot as SVG: operations a second over operations a byte, and the two roofs."""
-        return plot(self.rows(by), ceilings.read_bandwidth(), ceilings.fma_peak())
+        """The roofline plot as SVG: operations a second over operations a byte, and the two roofs.
+
+        Raises OpError on a device, whose peak is not known.
+        """
+        peak = ceilings.peak(self.device)
+        if peak is None:
+            raise ops.OpError(f"no roofline of {self.device!r}: only the CPU's peak is measured")
+        return plot(self.rows(by), ceilings.bandwidth(self.device), peak)
 
     def _repr_html_(self) -> str:
         tables = self.by("op").html(), self.by("layer").html()
-        return html.box(html.head("profile"), html.note(self.summary()), tables[0], self.roofline(), tables[1])
+        plots = [self.roofline()] if ceilings.peak(self.device) is not None else []
+        return html.box(html.head("profile"), html.note(self.summary()), tables[0], *plots, tables[1])
 
     def save_trace(self, path: str | Path) -> Path:
         """Write Chrome's trace event format, which Perfetto opens: nested slices of modules, ops and kernels."""

@@ -107,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 def _spec(plain: dict[str, Any]) -> Spec:
-    return Spec(tuple(plain["shape"]), plain["dtype"], plain["device"])
+    return ops.device.here(Spec(tuple(plain["shape"]), plain["dtype"], plain["device"]))
 
 
 def table(rows: Sequence[dict[str, str]], most: int, width: int = 160) -> str:

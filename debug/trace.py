@@ -150,6 +150,7 @@ class Trace(Tool, Recording):
             self.keeper.before_writing(tensor)
         if record is None:
             return launch(call)
+        ops.device.wait(call.device)  # for what was started before, whose time is not this call's
         started = time.perf_counter()
         output = launch(call)
         ops.device.wait(call.device)
@@ -194,6 +195,8 @@ class Trace(Tool, Recording):
                 record.held[f"input {i}"] = self.keeper.keep(each, made=False)
         started = time.perf_counter()
         output = run(*scope.args, **scope.constants)
+        for each in tensors(output):
+            ops.device.wait(each.device)
         record.seconds = time.perf_counter() - started
         if self._outputs:
             record.held |= self._kept(tensors(output), made=False)

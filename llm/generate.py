@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model import Model
 
 _MANY = 17  # tokens from which on a prompt runs on the same kernels, however long it is
-_prepared: WeakKeyDictionary[Model, set[tuple[int, str | None]]] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[Model, set[tuple[int, str | None, str]]] = WeakKeyDictionary()
 
 
 class Piece(str):
@@ -208,7 +208,7 @@ def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool 
     """
     tokens, dtype = min(tokens, _MANY), dtype or model.cache_dtype
     ready = _prepared.setdefault(model, set())
-    if (tokens, dtype) in ready:
+    if (tokens, dtype, model.device) in ready:
         return 0
 
     def run() -> None:
@@ -218,7 +218,7 @@ def prepare(model: Model, tokens: int, dtype: str | None = None, progress: bool 
             model([0], cache, logits_to_keep=1)
 
     compiled = ops.prepare(run, progress)
-    ready.add((tokens, dtype))
+    ready.add((tokens, dtype, model.device))
     return compiled
 
 

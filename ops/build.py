@@ -42,9 +42,9 @@ class Compiled:
 
 
 log: list[Compiled] = []
-_memo: dict[str, Callable] = {}
+_memo: dict[tuple[str, str], Callable] = {}  # by device and key: an emulated GPU's machine code is not a GPU's
 _lock = threading.Lock()
-_building: dict[str, threading.Lock] = {}
+_building: dict[tuple[str, str], threading.Lock] = {}
 
 
 @dataclass(frozen=True)
@@ -143,25 +143,26 @@ def _fixed(primfunc: Any, specs: list) -> Any:
 
 def function(request: Request) -> Callable:
     """The compiled function for `request`: from the memo, the disk cache, or the compiler."""
-    key = request.key
-    found = _memo.get(key)
+    place = request.device, request.key
+    found = _memo.get(place)
     if found is not None:
         return found
     with _lock:
-        lock = _building.setdefault(key, threading.Lock())
+        lock = _building.setdefault(place, threading.Lock())
     with lock:
-        if key not in _memo:
-            _memo[key] = _load_or_compile(request, key)
-        return _memo[key]
+        if place not in _memo:
+            _memo[place] = _load_or_compile(request, request.key)
+        return _memo[place]
 
 
 def _load_or_compile(request: Request, key: str) -> Callable:
     if request.device != "cpu":
-        started = time.perf_counter()
+        started, ready = time.perf_counter(), store.kernels.has(key)
         with devices.building(request.device), named(request):
             made = devices.find(request.device).function(request)
-        reason = f"for {request.device}"
-        log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
+        if not ready:
+            reason = f"for {request.device}"
+            log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))
         return made
     with store.kernels.locked(key):
         path, reason = store.kernels.find(key)
@@ -254,8 +255,8 @@ def prepare(requests: Iterable[Request], progress: bool = True) -> int:
 
     Gives the number of kernels that were compiled.
     """
-    wanted = {request.key: request for request in requests}
-    missing = [request for key, request in wanted.items() if key not in _memo]
+    wanted = {(request.device, request.key): request for request in requests}
+    missing = [request for place, request in wanted.items() if place not in _memo]
     before = len(log)
     if len(missing) < 2:
         for request in missing:

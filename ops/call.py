@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
+from . import device
 from . import scope as scopes
 from .errors import SelectorError
 from .spec import Spec
@@ -78,7 +79,7 @@ class Call:
     @property
     def device(self) -> str:
         """Where its tensors are."""
-        return next((each.device for each in self.args if isinstance(each, Tensor)), "cpu")
+        return next((each.spec.device for each in self.args if isinstance(each, Tensor)), "cpu")
 
     @property
     def written(self) -> dict[str, Tensor]:
@@ -197,9 +198,10 @@ class Kernel:
 
     @classmethod
     def from_compiled(cls, name: str, run: Callable) -> Kernel:
-        """A kernel from a compiled function that takes the runtime tensors of inputs, then outputs."""
+        """A kernel from a function compiled for the CPU that takes the runtime tensors of inputs, then outputs."""
 
         def launch(call: Call, outputs: tuple[Tensor, ...]) -> None:
+            device.wait(call.device)
             run(*raw(call.args), *[each.buffer.data for each in outputs])
 
         return cls(name, "tvm", launch)

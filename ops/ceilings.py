@@ -54,6 +54,22 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / _best(run)
 
 
+def bandwidth(device: str) -> float:
+    """Bytes per second: what the CPU reads, what a device copies."""
+    return read_bandwidth() if device == "cpu" else copy_bandwidth(device)
+
+
+def peak(device: str) -> float | None:
+    """`fma_peak` of the CPU; None of a device, where nothing measures it."""
+    return fma_peak() if device == "cpu" else None
+
+
+def described(device: str) -> list[str]:
+    """The ceilings that are known, in words."""
+    flops = peak(device)
+    return [f"{bandwidth(device) / 1e9:.3g} GB/s", *([f"{flops / 1e9:.4g} GFLOP/s"] if flops else [])]
+
+
 def reader(nbytes: int) -> Callable[[np.ndarray], None]:
     """A function that reads uint8 [nbytes], all threads together, as fast as the machine reads."""
     sums = zeros((target.threads() * target.lanes(),))

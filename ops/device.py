@@ -21,6 +21,7 @@ from .errors import OpError
 
 if TYPE_CHECKING:
     from .build import Request
+    from .spec import Spec
 
 NAMES = ("cpu", "cuda", "emulate")
 
@@ -75,6 +76,15 @@ def check(name: str) -> None:
     """Raise OpError where there is no such device."""
     if name != "cpu":
         find(name)
+
+
+def here(spec: Spec) -> Spec:
+    """The spec, of a tensor from another machine, on the CPU where its device is missing."""
+    try:
+        check(spec.device)
+    except OpError:
+        return spec.on("cpu")
+    return spec
 
 
 def wait(name: str) -> None:

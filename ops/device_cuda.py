@@ -19,7 +19,7 @@ import tvm_ffi
 from . import cross, target
 from .device import Device
 from .errors import OpError
-from .languages import cuda_driver, nvrtc
+from .languages import cuda_driver, hosted, nvrtc
 from .languages.base import LaunchError
 from .spec import Spec
 
@@ -52,6 +52,8 @@ class Cuda(Device):
         try:
             address = int(self._call("cuMemAllocManaged", max(nbytes, 1), flags.value))
         except LaunchError as error:
+            if "OUT_OF_MEMORY" not in str(error):
+                raise self._failed(error) from None
             raise MemoryError(str(error)) from None
         return np.asarray(_Managed(self, address, nbytes))
 
@@ -59,7 +61,11 @@ class Cuda(Device):
         try:
             self._call("cuCtxSynchronize")
         except LaunchError as error:
-            raise LaunchError(f'a kernel failed on the GPU: {error}; on device "emulate" the CPU says where') from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: LaunchError) -> LaunchError:
+        """After it, all that is asked of the GPU in this process says so."""
+        return LaunchError(f'a kernel failed on the GPU: {error}; on device "emulate" the CPU says where')
 
     def filled(self, array: np.ndarray) -> None:
         address = array.ctypes.data
@@ -76,15 +82,21 @@ class Cuda(Device):
     def function(self, request: Request) -> Callable[..., None]:
         kernel, check = _loaded(cross.built(request), request.op.name), cross.check(request)
         tensors = [each for each in (*request.specs, *request.outputs) if each is not None]
-        integers = [i for i, each in enumerate(tensors) if isinstance(each, Spec) and each.dtype in _POSITIONS]
-        made = [i for i in integers if i >= len(tensors) - len(request.outputs)]
+        arrays = [i for i, each in enumerate(tensors) if isinstance(each, Spec)]
+        integers = [i for i in arrays if tensors[i].dtype in _POSITIONS]
+        first = len(tensors) - len(request.outputs)
+        read = [i for i in integers if i < first]
+        changed = [i for i in integers if i >= first or request.op.writes]
 
         def run(*given: Any) -> None:
+            for i in arrays:
+                if given[i].data_ptr() % hosted.ALIGNMENT or given[i].numel() > hosted.MOST:
+                    hosted.check(given[i])
             if check is not None:  # the CPU reads numbers, which a kernel may still be about to write
-                if not self._shares or any(given[i].data_ptr() not in self._filled for i in integers):
+                if not self._shares or any(given[i].data_ptr() not in self._filled for i in read):
                     self.wait()
                 check(*given)
-            for i in made:
+            for i in changed:
                 self._filled.discard(given[i].data_ptr())
             kernel(*given)
             if not self._shares:  # the CPU may look at any time, and must find nothing running
@@ -93,6 +105,7 @@ class Cuda(Device):
         return run
 
     def free(self, address: int) -> None:
+        self._filled.discard(address)
         with contextlib.suppress(Exception):  # the interpreter, or the GPU's context, is going down
             self._call("cuMemFree", address)
 

@@ -22,7 +22,7 @@ from tvm import tirx
 from .spec import Dim, Spec
 
 _HERE, _PYTHONS = Path(__file__).parent, Path(functools.__file__).parent
-_SHARED_SOURCES = ("build.py", "packed.py", "quantize.py", "target.py", "tir.py", "schedule/*.py")
+_SHARED_SOURCES = ("build.py", "cross.py", "packed.py", "quantize.py", "target.py", "tir.py", "schedule/*.py")
 _PLAIN = (int, float, complex, str, bytes, type(None), np.dtype, np.generic, np.ufunc, Spec, Dim)
 _INSTALLED = {"site-packages", "dist-packages"}
 _lock = threading.Lock()

@@ -19,6 +19,7 @@ import tvm_ffi
 from tvm.runtime import _ffi_api
 
 from . import device
+from .errors import KernelError
 from .spec import Spec
 
 IDLE_LIMIT = 512 * 2**20  # bytes that may wait for reuse before the pool is emptied
@@ -70,6 +71,8 @@ def _allocate(spec: Spec) -> Buffer:
         clear()
     try:
         return _fresh(spec)
+    except KernelError:  # of a device that does not work any more
+        raise
     except (RuntimeError, MemoryError):
         clear()  # what is idle may be what is missing
     try:

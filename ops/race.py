@@ -53,8 +53,8 @@ class Race(Table):
         self.call, self.contenders, self.alone = call, contenders, alone
         self.cost = cost = costs.cost(call)
         inputs = ", ".join(f"{n}={getattr(v, 'spec', v)}" for n, v in (call.inputs | call.constants).items())
-        note = f"{cost.bytes:,} bytes, {cost.flops:,} flops; of {ceilings.read_bandwidth() / 1e9:.3g} GB/s and "
-        note += f"{ceilings.fma_peak() / 1e9:.4g} GFLOP/s, from caches also more than 100 %"
+        note = f"{cost.bytes:,} bytes, {cost.flops:,} flops; of {' and '.join(ceilings.described(call.device))}"
+        note += ", from caches also more than 100 %"
         vote = f"; outvoted by the others: {', '.join(alone)}" if alone else ""
         super().__init__(
             f"{call.op.name}({inputs})", _COLUMNS, [self._row(each) for each in self.contenders], note + vote,
@@ -64,10 +64,11 @@ class Race(Table):
     def _row(self, each: Contender) -> tuple:
         if each.seconds is None or each.off is None:
             return each.name, each.language, None, None, None, None, each.failed
-        bandwidth = 100 * self.cost.bytes / each.seconds / ceilings.read_bandwidth()
-        peak = 100 * self.cost.flops / each.seconds / ceilings.fma_peak()
+        bandwidth, most = 100 * self.cost.bytes / each.seconds / ceilings.bandwidth(self.call.device), None
+        if (peak := ceilings.peak(self.call.device)) is not None:
+            most = 100 * self.cost.flops / each.seconds / peak
         verdict = "right" if each.right else f"WRONG: {each.off}"
-        return each.name, each.language, each.seconds * 1e6, bandwidth, peak, each.off.error, verdict
+        return each.name, each.language, each.seconds * 1e6, bandwidth, most, each.off.error, verdict
 
     @property
     def fastest(self) -> Contender:

@@ -26,7 +26,8 @@ class Tensor:
 
     `x.shape`, `x.dtype`, `x.device`; `x.numpy()` and `np.asarray(x)` share the memory; `x[2:5]` and `x.reshape(...)`
     are views. Arithmetic (`x + y`, `x * 2.0`) calls ops, so tools see it. `x.to(device)` is a copy on another device,
-    whose memory NumPy sees as well: `x.numpy()` waits for what the device is still computing.
+    whose memory NumPy sees as well: `x.numpy()` waits for what the device is still computing. An array from there is
+    what it was until the next op; take another one then.
 
     A packed weight has a weight format as its dtype, such as "q4". `numpy()` gives a copy of its values as float32;
     it has no views.
@@ -260,8 +261,8 @@ def empty(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
 def zeros(shape, dtype: str = "float32", device: str = "cpu") -> Tensor:
     """A tensor of zeros; arguments as of `empty`."""
     result = empty(shape, dtype, device)
-    values = result.numpy() if result.spec.format is None else np.from_dlpack(result.buffer.data)
-    values[...] = 0
+    devices.wait(result.device)
+    np.from_dlpack(result._bits())[...] = 0
     return result
 
 

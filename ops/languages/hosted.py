@@ -124,7 +124,7 @@ def run(lowered: cross.Lowered, launch: Launcher) -> Callable[..., None]:
 
     def call(*args: Any) -> None:
         for each in args:
-            _check(each)
+            check(each)
         function(*args)
 
     weakref.finalize(call, _forget, tuple(names.values()))
@@ -136,8 +136,8 @@ def _forget(names: tuple[str, ...]) -> None:
         tvm_ffi.registry.remove_global_func(each)
 
 
-def _check(argument: Any) -> None:
-    """What GPU kernels take for granted of a tensor."""
+def check(argument: Any) -> None:
+    """What GPU kernels take for granted of a tensor. Raises KernelError."""
     if not hasattr(argument, "__dlpack__"):
         return
     tensor: Any = tvm_ffi.from_dlpack(argument)

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
 from typing import Any
 
 from ..call import cell_of
@@ -147,9 +147,11 @@ def written_in(frame: FrameType, name: str) -> Callable | None:
     with contextlib.suppress(SyntaxError):
         for node in ast.walk(ast.parse("".join(linecache.getlines(path)))):
             if isinstance(node, ast.FunctionDef) and node.name == name and _first_line(node) <= line <= node.lineno:
-                first = _first_line(node)
-                made = _made(node, [], path, frame.f_globals | frame.f_locals)
-                made.__code__ = made.__code__.replace(co_firstlineno=first)  # as of a decorated function
+                first, used = _first_line(node), {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+                code = _made(node, [], path, frame.f_globals | frame.f_locals).__code__
+                made = FunctionType(code.replace(co_firstlineno=first), frame.f_globals)  # as of a decorated function
+                if frame.f_locals is not frame.f_globals:
+                    made.__dict__.update({each: frame.f_locals[each] for each in used & {*frame.f_locals}})
                 return made
     return None
 
@@ -158,7 +160,7 @@ def decorated_again(function: Callable, ordinal: int | None) -> Any:
     """What the innermost decorator makes of the function as its file has it now. Raises SourceError."""
     node, path = definition(function, ordinal)
     try:
-        return _made(node, node.decorator_list[-1:], path, function.__globals__)
+        return _made(node, node.decorator_list[-1:], path, function.__globals__ | function.__dict__)
     except SourceError:
         raise
     except Exception as error:  # the decorator's own, about a text that it does not understand

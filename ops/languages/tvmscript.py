@@ -17,7 +17,7 @@ import tvm
 from tvm import tirx
 from tvm.s_tir.analysis import OOBChecker
 
-from .. import build
+from .. import build, device
 from ..call import Call, Kernel, raw
 from ..errors import SwapRefused
 from ..op import Op
@@ -70,6 +70,7 @@ class PrimFuncKernel(Kernel):
                 f"{self.name} is made for ({wanted}), this call of {call.op.name} has ({given}); narrow the swap with "
                 f"where=, such as '/{call.op.name} dtype=float32'"
             )
+        device.wait(call.device)  # it is compiled for the CPU
         self._run(*raw((*call.args, *outputs)))
 
     def sources(self) -> dict[str, str]:

@@ -97,7 +97,7 @@ int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &bl
 int cuCtxSetCurrent(void* context) { return context == &blocks ? OK : INVALID; }
 int cuCtxSynchronize(void) { return run(); }
 int cuMemAllocManaged(void** address, size_t size, unsigned flags) {
-  if (size > limit) return OUT_OF_MEMORY;
+  if (failed || size > limit) return failed ? failed : OUT_OF_MEMORY;
   char* start = aligned_alloc(256, (size + 255) / 256 * 256);
   for (int i = 0; i < blocks; i++) {
     if (held[i].start == start) return held[i].size = size, *address = start, OK;

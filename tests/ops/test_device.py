@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tvm.script import tirx as T
 
 import ops
 from ops import build, cross, device, target
@@ -105,14 +106,38 @@ def test_numbers_out_of_range(rng, on):
         ops.cache_write(there(rng, on, 4, 2, 8), there(rng, on, 1, 2, 8), ops.integer(4, on))
 
 
+def test_what_kernels_for_gpus_take_for_granted(rng, on):
+    with pytest.raises(ops.KernelError, match="no multiple of 16 bytes"):
+        ops.silu(there(rng, on, 9)[1:])
+
+
+def test_tensors_from_another_machine():
+    spec = ops.Spec((2,), "float32", "cuda")
+    assert device.here(spec) is (spec if "cuda" in DEVICES else spec.on("cpu"))
+    assert device.here(spec.on("emulate")).device == "emulate"
+
+
 def test_one_device_a_call(rng, on):
     x, weight = there(rng, on, 1, 8), there(rng, "cpu", 8)
     with pytest.raises(ops.OpError, match=rf"x is on '{on}' and weight on 'cpu'.*weight\.to\('{on}'\)"):
         ops.rms_norm(x, weight, eps=1e-5)
 
 
+@T.prim_func(s_tir=True)
+def relu_kernel(x_: T.handle, out_: T.handle):
+    X, Y = T.match_buffer(x_, (3, 40), "float32", align=4), T.match_buffer(out_, (3, 40), "float32", align=4)
+    for i, k in T.grid(3, 40):
+        with T.sblock("relu"):
+            vi, vk = T.axis.remap("SS", [i, k])
+            Y[vi, vk] = T.max(X[vi, vk], T.float32(0))
+
+
+def relu_tir():
+    return relu_kernel
+
+
 def test_swaps_see_its_memory(rng, on):
-    """A kernel of Python, one of C and one of CUDA, each for the calls of the device."""
+    """A kernel of Python, of TVMScript, of C and of CUDA, each for the calls of the device."""
     x = there(rng, on, 3, 40)
     wanted = np.maximum(x.numpy(), 0)
 
@@ -127,14 +152,19 @@ def test_swaps_see_its_memory(rng, on):
 
     for language, given, more in (
         ("python", relu, {}),
+        ("tvmscript", relu_tir, {}),
         ("c", relu_c, {}),
         ("cuda", relu_cuda, {"grid": lambda x: -(-x.size // 32), "block": 32}),
     ):
-        swap = ops.relu.swap(language, where=f"/relu device={on}", **more)(given)
-        with swap.active():
-            for _ in range(3):
-                assert np.array_equal(ops.relu(ops.copy(x)).numpy(), wanted), language
-        assert swap.hits == 3
+        for check in ("always", "never"):  # what is compared is waited for
+            swap = ops.relu.swap(language, where=f"/relu device={on}", check=check, **more)(given)
+            with swap.active():
+                for _ in range(3):
+                    assert np.array_equal(ops.relu(ops.copy(x)).numpy(), wanted), language
+            assert swap.hits == 3
+            swap.remove()
+    with ops.relu.use(relu_tir()):
+        assert np.array_equal(ops.relu(ops.copy(x)).numpy(), wanted)
 
 
 def test_race(rng, on):
@@ -175,6 +205,14 @@ if "cuda" in DEVICES:
             with pytest.raises(MemoryError, match="no memory for float32"):
                 ops.empty((2**40,), device="cuda")
 
+        @pytest.mark.parametrize("order", [("cuda", "emulate"), ("emulate", "cuda")], ids="-".join)
+        def test_an_emulated_gpu_beside_it(self, rng, order):
+            """Kernels of one key and two kinds of machine code."""
+            width = 20 + order.index("cuda")
+            for each in order:
+                x = there(rng, each, 4, width)
+                assert np.array_equal(ops.neg(ops.copy(x)).numpy(), -x.numpy())
+
         def test_large_tensors_are_sent_ahead(self, rng):
             x = there(rng, "cuda", 300, 300)
             assert x.numpy().shape == (300, 300) and x.numpy()[299, 299] == x.to("cpu").numpy()[299, 299]
@@ -200,4 +238,4 @@ def test_over_a_stub_of_the_driver(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "-k", "cuda or Cuda", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " skipped" not in done.stdout and int(done.stdout.split(" passed")[0].split()[-1]) >= 24, done.stdout
+    assert " skipped" not in done.stdout and int(done.stdout.split(" passed")[0].split()[-1]) >= 27, done.stdout
