@@ -16,6 +16,7 @@ from llm.gguf_patterns import PRE, Pre
 from llm.tokenizer import Tokenizer, merges_by_score
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # types of tokens that text matches before anything is merged
+_UNUSED = 5
 _SPACE = "\u2581"
 _LONGEST = 1024  # characters of a token: all ways to part one are looked at
 # Tokens that end an answer, by their names: old files say only which one ends a text.
@@ -32,6 +33,7 @@ class _Given(NamedTuple):
     metadata: Mapping[str, Any]
     tokens: list[str]
     types: list[int]
+    rows: int  # of the file's lists: with what pads the vocabulary, and means no text
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         value = self.metadata.get(f"tokenizer.ggml.{key}", default)
@@ -86,7 +88,10 @@ def _given(metadata: Mapping[str, Any], path: Path) -> _Given:
         raise TokenizerError(f"{path}: the token {twice!r:.60} is in the vocabulary twice")
     if (longest := max(map(len, tokens))) > _LONGEST:
         raise TokenizerError(f"{path}: a token has {longest} characters, at most {_LONGEST} are supported")
-    return _Given(path, metadata, tokens, [int(each) for each in types])
+    rows = count = len(tokens)
+    while count > 1 and types[count - 1] == _UNUSED and tokens[count - 1] == f"[PAD{count - 1}]":
+        count -= 1
+    return _Given(path, metadata, tokens[:count], [int(each) for each in types[:count]], rows)
 
 
 def _numbers(path: Path, key: str, given: Any, count: int, default: float) -> Sequence[float]:
@@ -101,7 +106,7 @@ def _numbers(path: Path, key: str, given: Any, count: int, default: float) -> Se
 def _sentencepiece(given: _Given) -> tuple[tokenizers.Tokenizer, bool]:
     """The best-scored pair of neighbours is merged first; what is not in the vocabulary falls back to bytes."""
     vocab = {token: i for i, token in enumerate(given.tokens)}
-    scores = _numbers(given.path, "scores", given.metadata.get("tokenizer.ggml.scores"), len(vocab), 0.0)
+    scores = _numbers(given.path, "scores", given.metadata.get("tokenizer.ggml.scores"), given.rows, 0.0)[: len(vocab)]
     merged = [kind not in (_UNKNOWN, _CONTROL) for kind in given.types]
     unknown = given.id("unknown")
     backend = tokenizers.Tokenizer(

@@ -35,6 +35,10 @@ FULL = {
 }
 
 
+KINDS = ("gpt2", "mixtral", "mamba2")  # one of each kind, which the suite has; the marker has all
+CASES = [pytest.param(each, marks=() if each in KINDS else pytest.mark.families) for each in FULL]
+
+
 def needs_the_extra() -> None:
     print(f"LIMPID_TEST_SEED={SEED}")
     for name in ("torch", "transformers"):

@@ -214,7 +214,9 @@ def test_rows_without_a_token_and_no_tokenizer_at_all(rng, tmp_path):
     model = small_model(rng, vocab_size=300)
     convert(model.save(tmp_path / "source"), tmp_path / "m.gguf", progress=False)
     there = llm.load(tmp_path / "m.gguf")
-    assert there.tokenizer.encode("abc") == model.tokenizer.encode("abc") and there.tokenizer.vocab_size == 300
+    assert there.tokenizer.encode("abc") == model.tokenizer.encode("abc") and there.config.vocab_size == 300
+    assert there.tokenizer.vocab_size == model.tokenizer.vocab_size == 260
+    assert there.tokenizer.decode([66, 280, 67]) == model.tokenizer.decode([66, 280, 67])
     model.tokenizer = None
     convert(model.save(tmp_path / "bare"), tmp_path / "bare.gguf", progress=False)
     assert llm.load(tmp_path / "bare.gguf").tokenizer is None

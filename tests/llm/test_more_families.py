@@ -20,13 +20,13 @@ from llm.models import architecture
 from llm.weights.mxfp4 import read_mxfp4
 from llm.weights.safetensors import read_file, write_file
 from tests import parity
-from tests.llm.full import FULL, SEED, error, made, needs_the_extra, stored
+from tests.llm.full import CASES, SEED, error, made, needs_the_extra, stored
 from tests.llm.small import addresses
 
 CONFIGS = Path(__file__).resolve().parents[2] / "../shared/data/configs"
 
 
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", CASES)
 def test_what_is_saved_is_a_checkpoint_of_transformers(family, tmp_path):
     needs_the_extra()
     import transformers
@@ -46,7 +46,7 @@ def test_what_is_saved_is_a_checkpoint_of_transformers(family, tmp_path):
     assert error(ours, ids, parity._theirs(back.eval(), ids)) <= parity.BOUNDS["float32"]
 
 
-@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("family", CASES)
 def test_it_prints_and_runs_without_weights_of_its_own(family):
     needs_the_extra()
     theirs, ids = made(family, SEED)

@@ -27,7 +27,9 @@ def check(tested, args, constants):
         assert error <= harness.KERNEL.get(output.dtype, 0.0), f"{args} {constants}: {error}"
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "dtype", [each if each == "float32" else pytest.param(each, marks=pytest.mark.slow) for each in FLOATS]
+)
 @pytest.mark.parametrize("name", OPS)
 def test_an_ops_kernel_agrees_with_its_reference_on_its_examples(name, dtype):
     examples = ops.examples.of(registry[name], dtype)

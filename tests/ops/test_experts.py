@@ -13,6 +13,7 @@ from ops.quantize import KNOWN
 from tests.ops.harness import DTYPE_NAMES, check, held, random
 
 TOKENS = (1, 2, 3, 16, 17, 70)
+FORMS = [each if each in ("q4", "q4k") else pytest.param(each, marks=pytest.mark.slow) for each in KNOWN]
 
 
 def operands(rng, n, k, experts, inputs, outputs, x_dtype="float32", weight_dtype="float32", each=False):
@@ -60,14 +61,14 @@ def test_a_token_does_not_depend_on_the_others(rng, kind, each):
         assert np.array_equal(part, whole[rows])
 
 
-@pytest.mark.parametrize("kind", ["float32", *KNOWN])
+@pytest.mark.parametrize("kind", ["float32", *FORMS])
 def test_all_tokens_of_one_expert(rng, kind):
     x, weight, ids = operands(rng, 300, 1, 4, 70, 64, weight_dtype=kind)
     ids[:] = 2
     check(ops.experts_linear, x, weight, ids, experts=4)
 
 
-@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "x_dtype, inputs, each", [("float32", 96, False), ("bfloat16", 77, True), ("float16", 512, True)]
 )
@@ -77,7 +78,7 @@ def test_packed(rng, form, x_dtype, inputs, each):
         check(ops.experts_linear, x, weight, ids, random(rng, (weight.shape[0],), x_dtype), experts=5)
 
 
-@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("inputs, k, experts", [(1, 1, 1), (257, 1, 3), (300, 8, 64)])
 def test_packed_of_odd_sizes(rng, form, inputs, k, experts):
     """Groups, and those that share a factor, filled in part; a token with one expert; most chosen by nobody."""
@@ -87,7 +88,7 @@ def test_packed_of_odd_sizes(rng, form, inputs, k, experts):
         )
 
 
-@pytest.mark.parametrize("kind", ["float32", *KNOWN])
+@pytest.mark.parametrize("kind", ["float32", *FORMS])
 def test_on_all_threads(rng, kind):
     for n in (1, 5, 40):
         x, weight, ids = operands(rng, n, 2, 4, 256, 1040, weight_dtype=kind)
@@ -108,7 +109,7 @@ def test_the_block_definition(rng, kind, each):
         assert use.hits == 1
 
 
-@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n", [1, 20])
 def test_packed_experts_that_nobody_chose_are_not_read(rng, form, n):
     x, weight, ids = operands(rng, n, 2, 6, 64, 2 * target.lanes(), weight_dtype=form)
@@ -121,7 +122,7 @@ def test_packed_experts_that_nobody_chose_are_not_read(rng, form, n):
     assert np.array_equal(ops.experts_linear(*tensors, experts=6).numpy(), clean)
 
 
-@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_token_that_is_not_finite_is_nan_and_harms_no_other(rng, form, bad):
     x, weight, ids = operands(rng, 20, 2, 3, 64, target.lanes(), weight_dtype=form)
@@ -162,7 +163,7 @@ def test_shapes_it_refuses(x, weight, ids, experts, error):
         ops.experts_linear(ops.zeros(x), ops.zeros(weight), ops.zeros(ids, "int32"), experts=experts)
 
 
-@pytest.mark.parametrize("form", KNOWN)
+@pytest.mark.parametrize("form", FORMS)
 def test_packed_experts_that_share_a_record_are_refused(form):
     rows = target.lanes() + 1
     with pytest.raises(ops.OpError, match=rf"weight is {form}\[.*leave the experts unpacked"):
