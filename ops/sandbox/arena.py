@@ -143,7 +143,8 @@ def laid_out(
             sizes.append(0)
             continue
         array = np.asarray(value)
-        start = -(-(at + _GAP) // mmap.PAGESIZE) * mmap.PAGESIZE + array.ctypes.data % 64
+        # Not where a page begins: what lies right before the array can be looked at, and tells who wrote there.
+        start = -(-(at + _GAP) // mmap.PAGESIZE) * mmap.PAGESIZE + _CANARY + array.ctypes.data % 64
         kept = "const" if parameter.const else "an input" if parameter.name in inputs else ""
         slots[parameter.name] = Slot(parameter.name, start, array.nbytes, array.itemsize, kept)
         regions.append((start, array.nbytes, bool(kept)))

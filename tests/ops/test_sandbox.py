@@ -280,6 +280,17 @@ UNWATCHED = [
 ]
 
 
+@pytest.mark.parametrize("offset", range(0, 64, 16))
+def test_where_an_array_begins_does_not_matter(offset):
+    """Memory of a process begins anywhere, also where a page does."""
+    memory = np.zeros(256, "uint8")
+    start = -memory.ctypes.data % 64 + offset
+    out, x = memory[start : start + 32].view("float32"), np.zeros(5, "float32")
+    for body, what in (("free(out);", "freed memory that was not allocated"), ("out[-1] = 1;", r"wrote out\[-1\]")):
+        with pytest.raises(LaunchError, match=what):
+            sandbox.run(kernel(body), [out, x, 8], Launch(), 20.0)
+
+
 def test_without_a_sanitizer(unwatched):
     before = (
         "static __attribute__((noinline)) float g(int n) { volatile float t[99]; t[n] = n; return t[n] + g(n) * t[0]; }"
