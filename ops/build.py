@@ -143,7 +143,7 @@ def _fixed(primfunc: Any, specs: list) -> Any:
 
 def function(request: Request) -> Callable:
     """The compiled function for `request`: from the memo, the disk cache, or the compiler."""
-    place = request.device, request.key
+    place = _, key = request.device, request.key
     found = _memo.get(place)
     if found is not None:
         return found
@@ -151,15 +151,16 @@ def function(request: Request) -> Callable:
         lock = _building.setdefault(place, threading.Lock())
     with lock:
         if place not in _memo:
-            _memo[place] = _load_or_compile(request, request.key)
+            _memo[place] = _load_or_compile(request, key)
         return _memo[place]
 
 
 def _load_or_compile(request: Request, key: str) -> Callable:
     if request.device != "cpu":
-        started, ready = time.perf_counter(), store.kernels.has(key)
+        found = devices.find(request.device)
+        started, ready = time.perf_counter(), found.has(key)
         with devices.building(request.device), named(request):
-            made = devices.find(request.device).function(request)
+            made = found.function(request)
         if not ready:
             reason = f"for {request.device}"
             log.append(Compiled(request.op.name, request.arguments, reason, time.perf_counter() - started))

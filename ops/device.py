@@ -42,6 +42,10 @@ class Device:
     def filled(self, array: np.ndarray) -> None:
         """The CPU has filled this memory, which kernels read next."""
 
+    def has(self, key: str) -> bool:
+        """Whether the machine code of a request's key is in the disk cache."""
+        return False
+
     def function(self, request: Request) -> Callable[..., None]:
         """The kernel of a request, on runtime tensors: arguments, then outputs. `building` is on."""
         raise NotImplementedError

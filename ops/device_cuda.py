@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 import tvm_ffi
 
-from . import cross, target
+from . import cross, store, target
 from .device import Device
 from .errors import OpError
 from .languages import cuda_driver, hosted, nvrtc
@@ -78,6 +78,9 @@ class Cuda(Device):
         advice = self._driver.CUmem_advise.CU_MEM_ADVISE_SET_PREFERRED_LOCATION
         self._call("cuMemAdvise", address, array.nbytes, advice, here)
         self._call("cuMemPrefetchAsync", address, array.nbytes, here, 0, 0)
+
+    def has(self, key: str) -> bool:
+        return store.kernels.has(key)
 
     def function(self, request: Request) -> Callable[..., None]:
         kernel, check = _loaded(cross.built(request), request.op.name), cross.check(request)
